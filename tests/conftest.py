@@ -1,0 +1,92 @@
+"""Fixtures: mocker with a home of its own, and the registries that it pulls from."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import images
+import registry as registries
+
+MOCKER = Path(__file__).resolve().parent.parent / "mocker.py"
+
+
+class Mocker:
+    """Calls mocker.py as a user would. Its store is `home`, its Docker Hub is `hub`."""
+
+    def __init__(self, home, hub, user_home):
+        self.home = home
+        self.env = {
+            **os.environ,
+            "MOCKER_HOME": str(home),
+            "MOCKER_HUB": hub,
+            "HOME": str(user_home),
+        }
+
+    def __call__(self, *args, input=None, env=None, timeout=120, check=False, **options):
+        """Run `mocker ARGS` to its end; returns subprocess.CompletedProcess."""
+        stdin = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
+        settings = {"capture_output": True, **stdin, **self.settings(env, options)}
+        done = subprocess.run(self.command(args), check=False, timeout=timeout, **settings)
+        if check:
+            assert done.returncode == 0, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def popen(self, *args, env=None, **options):
+        """Start `mocker ARGS`; pipes, unless the options say otherwise."""
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen(self.command(args), **{**pipes, **self.settings(env, options)})
+
+    def command(self, args):
+        return [sys.executable, str(MOCKER), *map(str, args)]
+
+    def settings(self, env, options):
+        """Text unless text=False is among the options, with mocker's environment and `env`."""
+        text = {"text": True, "errors": "replace"} if options.get("text", True) else {}
+        return {**text, **options, "env": {**self.env, **(env or {})}}
+
+
+@pytest.fixture
+def home(tmp_path):
+    """Where mocker keeps its images and containers in this test."""
+    return tmp_path / "mocker"
+
+
+@pytest.fixture
+def mocker(home, registry, tmp_path):
+    """mocker(*args, input=, env=, timeout=, check=) and mocker.popen(*args)"""
+    user_home = tmp_path / "user"
+    user_home.mkdir()
+    return Mocker(home, registry.url, user_home)
+
+
+def with_images(registry):
+    """Push the two small images; give .need("library/tomcat") for the others."""
+    pushed = set()
+
+    def need(name):
+        if name not in pushed:
+            registry.push(images.image(name.rpartition("/")[2]), f"{name}:latest")
+            pushed.add(name)
+        return name
+
+    registry.need = need
+    need("library/hello-world")
+    need("library/busybox")
+    return registry
+
+
+@pytest.fixture(scope="session")
+def registry():
+    """A registry without login, with library/hello-world and library/busybox in it."""
+    with registries.plain() as plain:
+        yield with_images(plain)
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """As Docker Hub: wants a token, redirects blobs to a CDN. The same two images."""
+    with registries.hub() as hub:
+        yield with_images(hub)
