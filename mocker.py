@@ -8,12 +8,12 @@ Usage:
   mocker (-h | --help)
   mocker --version
 
-  mocker pull [options] <name>[<tag>]            fetch an image, check it, unpack its layers
-  mocker run [options] <name> [<command>...]     run it in a container
-  mocker serve [--port=N] [--listen=ADDRESS]     be a registry for the images pulled so far
-  mocker verify                                  re-check every digest in the store
-  mocker clean                                   undo whatever outlived a run
-  mocker COMMAND --help                          a command's own usage
+  mocker pull [options] <name>[<tag>]          fetch an image, check it, unpack its layers
+  mocker run [options] <name> [<command>...]   run it in a container
+  mocker serve [options]                       be a registry for the images that are here
+  mocker verify                                check every digest again
+  mocker clean [options]                       undo whatever outlived a run
+  mocker COMMAND --help                        a command's own usage
 
 Try (as root):
   ./mocker.py pull hello-world
@@ -21,17 +21,17 @@ Try (as root):
   ./mocker.py run library/hello-world
   ./mocker.py run --explain -it busybox
 
-Images and containers live in ~/mocker, or $MOCKER_HOME. The file below follows the life of a
-container: registry, store, root, network, cgroup, privileges, run. Each step's docstring is what
-`--explain` shows when the step runs.
+Images and containers are kept in ~/mocker, or $MOCKER_HOME.
 
-But: no daemon, no builds, no push, no compose, no swarm, no plugins, no logging drivers, no user
-namespaces, no IPv6, no AppArmor. `docker` asks dockerd, which asks containerd, which asks runc;
-here one process does it all and waits. README.md has the table of what is left out, and where
-Docker has it.
+The file follows the life of a container: registry, store, root, network, cgroup, privileges, run.
+A step's docstring is what --explain shows when the step runs.
+
+But: no daemon, no builds, no push, no compose, no swarm, no plugins, no user namespaces, no IPv6,
+no AppArmor. `docker` asks dockerd, which asks containerd, which asks runc; here one process does
+it all and waits. README.md has a table of what is left out, and where Docker has it.
 """
-# Standard library only up here, and little of it: a command imports what it needs when it needs
-# it, since `requests` and `pyroute2` take longer to import (0.1 to 0.2 s) than a container to start.
+# Only the quick part of the standard library up here: `requests` and `pyroute2` take longer to
+# import (0.1 to 0.2 s each) than a container takes to start, so who needs them imports them.
 import contextlib
 import errno
 import fcntl
@@ -40,665 +40,476 @@ import os
 import re
 import shlex
 import signal
+import stat
 import struct
 import subprocess
 import sys
 
 __version__ = "1.0"
-
 HOME = os.path.expanduser(os.environ.get("MOCKER_HOME") or "~/mocker")
 
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  Telling the story: steps, narration, the one error type
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #
-#  step       a function of the run that is told as it happens: its docstring is what is shown
-#  primitive  asks the kernel for one thing, and says so as the shell command that does the same
-#  proof      what the kernel answers when it is asked afterwards
+#  A step is a function whose docstring is told when it runs. A primitive asks the kernel for one
+#  thing, and tells it as the shell command that does the same. A proof is what the kernel answers.
 
 QUIET, PLAIN, EXPLAIN = range(3)
 
-
 class story:
-    """How much is told, and to whom. Everything here goes to stderr: stdout is the container's."""
+    """How much is told, and where to. stdout is the container's; all of this goes to stderr."""
 
-    level = PLAIN
-    stepping = None  # with --step: the terminal that Enter is read from
-    lines = None  # a worker collects its lines here, and tells them in one piece
-    output = 2  # the descriptor of stderr; the container gets a 2 of its own
-    style = {"": "", "heading": "", "command": "", "proof": "", "error": "", "end": ""}
-
+    level, output = PLAIN, 2
+    stepping = None  # with --step: the terminal from which Enter is read
+    lines = None  # a worker collects its lines, and tells them in one piece
+    style = dict.fromkeys(("", "heading", "command", "proof", "error", "end"), "")
 
 class MockerError(Exception):
-    """What the user can mend, in one line: what is wrong, and what to do. Exit status as docker's."""
+    """What the user can mend, in one line: what is wrong, and what to do. 125 is docker's own status."""
 
     def __init__(self, message, status=125, number=0):
         super().__init__(message)
-        self.status = status
-        self.errno = number
-
+        self.status, self.errno = status, number
 
 def printable(text):
-    """A name from an image may hold newlines and escape codes; they must not reach the terminal."""
+    """Names from an image may hold newlines and escape codes; those must not reach the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
-
 def write_line(text, style=""):
-    """One line to stderr, whole: other processes may be writing too. A closed stderr is no error."""
-    line = f"{story.style[style]}{printable(text)}{story.style['end'] if style else ''}\n"
+    line = f"{story.style[style]}{printable(text)}{story.style['end'] * bool(style)}\n"
     if story.lines is not None:
         story.lines.append(line)
     else:
         emit(line)
 
-
-def emit(lines):
-    """To stderr in one write, over a progress bar if there is one. A closed stderr is no error."""
+def emit(text):
+    """In one write, over a progress bar if there is one. That stderr is closed is no error."""
     with contextlib.suppress(OSError):
-        fresh = "\r\033[K" if os.isatty(story.output) else ""
-        os.write(story.output, (fresh + lines).encode(errors="backslashreplace"))
-
-
-def tell_all_at_once():
-    """What a worker had to tell, in one piece."""
-    lines, story.lines = story.lines, None
-    if lines:
-        emit("".join(lines))
-
+        os.write(story.output, ("\r\033[K" * os.isatty(story.output) + text).encode(errors="backslashreplace"))
 
 def say(text):
     """mocker's own words; -q silences them."""
     if story.level >= PLAIN:
         write_line(text)
 
-
 def tell(command):
-    """Name what a primitive is about to do, as the shell command or system call that does it."""
+    """What a primitive is about to do, as the shell command or the system call that does it."""
     if story.level >= EXPLAIN:
         write_line(f"  $ {command}", "command")
 
-
 def prove(question, answer):
-    """Show what the kernel says now; `question` is the command that asks it the same."""
+    """What the kernel says, now; `question` is the command that asks the same."""
     if story.level >= EXPLAIN:
-        for line in [f"{question}:"] + [f"  {line}" for line in answer.splitlines()]:
-            write_line(f"  = {line}", "proof")
-
+        for line in [f"  ? {question}"] + [f"  = {line}" for line in answer.splitlines()]:
+            write_line(line, "proof")
 
 def step(function=None, part=None):
-    """Decorator: a step of the talk. Its docstring is its explanation, here and on the screen.
-
-    A step with a part is left out when the container, its first argument, is to be without that.
-    """
+    """Decorator: a step of the talk. One with a part is skipped if the container is to be without it."""
     if function is None:
         return lambda function: step(function, part)
 
-    def told(*arguments, **options):
-        left_out = part and part not in arguments[0].parts
+    def told(*arguments):
+        left_out = part is not None and part not in arguments[0].parts
         if story.level >= EXPLAIN:
-            heading, *body = function.__doc__.rstrip().splitlines()
+            heading, _, *body = function.__doc__.rstrip().splitlines()
             write_line("")
-            write_line(f"■ {heading}" + " -- left out" * bool(left_out), "heading")
-            for line in body[1:] if not left_out else ():
+            write_line(f"■ {heading}{' (left out)' * left_out}", "heading")
+            for line in body:
                 write_line(f"  {line.strip()}")
             wait_for_enter()
-        return None if left_out else function(*arguments, **options)
+        return None if left_out else function(*arguments)
 
-    told.__doc__, told.__name__ = function.__doc__, function.__name__
     return told
 
-
 def wait_for_enter():
-    """With --step the speaker sets the pace: Enter goes on, q ends the run cleanly."""
+    """With --step the speaker sets the pace."""
     if story.stepping is not None:
-        os.write(story.stepping, b"  [Enter, or q] ")
+        os.write(story.stepping, b"  [Enter goes on, q ends] ")
         if os.read(story.stepping, 100).strip().lower() == b"q":
-            raise MockerError("stopped at your word; nothing is left behind", status=0)
-
+            raise MockerError("ended at your word; nothing is left behind", status=0)
 
 def use_colours():
-    """Colours have meaning: headings, commands, proofs, errors. None if NO_COLOR, or no terminal."""
-    if "NO_COLOR" in os.environ or not os.isatty(2):
-        return
-    from colorama import Fore, Style
+    """Headings, commands, proofs, errors: each its colour; none if NO_COLOR is set or stderr is no terminal."""
+    if "NO_COLOR" not in os.environ and os.isatty(2):
+        from colorama import Fore, Style
 
-    story.style = {"": "", "heading": Style.BRIGHT + Fore.CYAN, "command": Fore.YELLOW,
-                   "proof": Fore.GREEN, "error": Fore.RED, "end": Style.RESET_ALL}  # fmt: skip
+        story.style = {"": "", "heading": Style.BRIGHT + Fore.CYAN, "command": Fore.YELLOW, "proof": Fore.GREEN,
+                       "error": Fore.RED, "end": Style.RESET_ALL}
 
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  The registry: reference, token, manifest, blobs
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #
-#  GET /v2/library/busybox/manifests/latest  → 401, Bearer realm="https://auth…",service=…,scope=…
-#  GET the realm                             → {"token": "…", "expires_in": 300}
-#  GET the manifest again, with the token    → an index: one manifest for each platform
+#  GET /v2/library/busybox/manifests/latest → 401, WWW-Authenticate: Bearer realm="…",service="…"
+#  GET the realm                            → {"token": "…", "expires_in": 300}
+#  GET the manifest again, with the token   → an index: a manifest for each platform
 #      {"manifests": [{"digest": "sha256:…", "platform": {"os": "linux", "architecture": "amd64"}}, …]}
-#  GET /v2/…/manifests/sha256:…              → the manifest: a config, and the layers from the bottom up
+#  GET /v2/…/manifests/sha256:…             → a manifest: a config, and layers from the bottom up
 #      {"config": {"digest": "sha256:…"}, "layers": [{"digest": "sha256:…", "size": 1234}, …]}
-#  GET /v2/…/blobs/sha256:… for each         → 307 to a CDN, which must not see the token
+#  GET /v2/…/blobs/sha256:… for each        → 307 to a CDN, which must not see the token
 #
-#  The distribution spec: https://github.com/opencontainers/distribution-spec
+#  https://github.com/opencontainers/distribution-spec
 
 DOCKER_HUB = "docker.io"
-INDEX_TYPES = (
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-)
-MANIFEST_TYPES = (
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-)
-MANIFEST_LIMIT = 4 << 20  # bytes, as Docker's: nobody needs a larger one, and it must fit in memory
-TIMEOUT = (10, 30)  # seconds to connect, and seconds of silence
-ATTEMPTS = 5
-
+INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
+MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+MANIFEST_LIMIT = 4 << 20  # bytes, as Docker's
+TIMEOUT = (10, int(os.environ.get("MOCKER_TIMEOUT", 30)))  # seconds to connect, seconds of silence
+ATTEMPTS = 4
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
-
-# github.com/distribution/reference: lower-case path components, joined by separators
-_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-_DOMAIN = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*|\[[0-9a-fA-F:]+\]"
-REFERENCE = re.compile(
-    rf"(?:(?P<host>(?:{_DOMAIN})(?::[0-9]+)?)/)?"
-    rf"(?P<repository>{_COMPONENT}(?:/{_COMPONENT})*)"
-    r"(?::(?P<tag>\w[\w.-]{0,127}))?"
-    r"(?:@(?P<digest>[a-z0-9]+:[0-9a-f]+))?",
-    re.ASCII,
-)
-
+TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
+# The grammar of https://github.com/distribution/reference
+COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+HOST = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
+REFERENCE = re.compile(rf"({HOST})/({COMPONENT}(?:/{COMPONENT})*)(?::({TAG.pattern}))?(?:@(\S+))?", re.ASCII)
 
 class Reference:
-    """Where an image is: host/repository:tag, or @digest, which is exact and so wins over a tag."""
+    """Where an image is: host/repository:tag; or @digest, which is exact and wins over a tag."""
 
-    def __init__(self, host, repository, tag, digest):
-        self.host, self.repository, self.tag, self.digest = host, repository, tag, digest
-
-    @property
-    def name(self):
-        """As `images` shows it: Docker Hub goes without saying. library/tomcat, localhost:5000/app"""
-        return self.repository if self.host == DOCKER_HUB else f"{self.host}/{self.repository}"
-
-    @property
-    def familiar(self):
-        """As one says it: hello-world:latest"""
-        return str(self).removeprefix("library/") if self.host == DOCKER_HUB else str(self)
-
-    @property
-    def version(self):
-        return self.digest or self.tag
+    def __init__(self, text, tag=None):
+        """tomcat:9 → docker.io, library/tomcat, 9. MockerError where docker says "invalid reference"."""
+        # The first component is a host only if it looks like one; else it is somebody on Docker Hub.
+        first, slash, _ = text.partition("/")
+        is_host = slash and (re.search("[.:]", first) or first == "localhost" or first != first.lower())
+        match = REFERENCE.fullmatch(text if is_host else f"{DOCKER_HUB}/{text}")
+        if not match or (tag and match[3] or match[4]) and tag or len(match[2]) > 255:
+            raise MockerError(f"invalid reference '{text}': write [host/]name[:tag] in lower case, as in library/tomcat:9")
+        if match[4] and not DIGEST.fullmatch(match[4]):
+            raise MockerError(f"invalid digest in '{text}': write sha256: and 64 hexadecimal digits")
+        if tag and not TAG.fullmatch(tag):
+            raise MockerError(f"invalid tag '{tag}': letters, digits, '_', '.' and '-', 128 at most")
+        self.host, self.repository = match[1], match[2]
+        if self.host in ("index.docker.io", "registry-1.docker.io", DOCKER_HUB):
+            self.host = DOCKER_HUB
+            self.repository = self.repository if "/" in self.repository else f"library/{self.repository}"
+        self.digest, self.version = match[4], match[4] or tag or match[3] or "latest"
+        # As `images` shows it, where Docker Hub goes without saying: library/tomcat, localhost:5000/app
+        self.name = self.repository if self.host == DOCKER_HUB else f"{self.host}/{self.repository}"
 
     def __str__(self):
         return f"{self.name}{'@' if self.digest else ':'}{self.version}"
 
     @property
     def file(self):
-        """library/tomcat:latest → library_tomcat.json, library/tomcat:9 → library_tomcat:9.json
-
-        An underscore of the name is doubled, so that two images never share a file.
-        """
-        version = "" if self.version == "latest" else f"{'@' if self.digest else ':'}{self.version}"
+        """library_tomcat.json, library_tomcat:9.json; underscores are doubled, so no two images share one."""
+        version = "" if self.version == "latest" else str(self)[len(self.name) :]
         return self.name.replace("_", "__").replace("/", "_") + version + ".json"
 
-
-def parse_reference(text, tag=None):
-    """tomcat:9 → docker.io, library/tomcat, 9. Raises MockerError where docker says "invalid reference"."""
-    # The first component is a host only if it looks like one: else it is a user of Docker Hub.
-    first, slash, rest = text.partition("/")
-    is_host = slash and (any(c in first for c in ".:") or first == "localhost" or first != first.lower())
-    match = REFERENCE.fullmatch(text if is_host else f"{DOCKER_HUB}/{text}")
-    if not match or (tag and (match["tag"] or match["digest"])) or len(match["repository"]) > 255:
-        raise MockerError(f"invalid reference '{text}': write [host/]name[:tag], in lower case, as in library/tomcat:9")
-    if tag and not re.fullmatch(r"\w[\w.-]{0,127}", tag, re.ASCII):
-        raise MockerError(f"invalid tag '{tag}': letters, digits, '_', '.' and '-', 128 at most")
-    if match["digest"] and not DIGEST.fullmatch(match["digest"]):
-        raise MockerError(f"invalid digest in '{text}': write sha256: and 64 hexadecimal digits")
-    host = DOCKER_HUB if match["host"] in ("index.docker.io", "registry-1.docker.io") else match["host"]
-    repository = match["repository"]
-    if host == DOCKER_HUB and "/" not in repository:
-        repository = f"library/{repository}"
-    return Reference(host, repository, tag or match["tag"] or "latest", match["digest"])
-
-
 def is_local(host):
-    """Plain http is only for this machine, or where MOCKER_INSECURE=host[:port],… says so."""
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    insecure = os.environ.get("MOCKER_INSECURE", "").split(",")
-    return name in ("localhost", "[::1]") or name.startswith("127.") or host in insecure or name in insecure
-
-
-def registry_url(host):
-    """https, but http for this machine. MOCKER_HUB=URL names a mirror of Docker Hub."""
-    if host == DOCKER_HUB:
-        return os.environ.get("MOCKER_HUB", "https://registry-1.docker.io").rstrip("/")
-    return f"{'http' if is_local(host) else 'https'}://{host}"
-
+    """Plain http is for this machine, or where MOCKER_INSECURE=host[:port],… allows it."""
+    name = re.sub(r":\d+$", "", host)
+    allowed = {"localhost", "[::1]", *os.environ.get("MOCKER_INSECURE", "").split(",")}
+    return bool({name, host} & allowed) or re.fullmatch(r"127(\.\d+){3}", name, re.ASCII) is not None
 
 class Registry:
     """One repository of one registry: an HTTP session that answers the registry's challenges."""
 
     def __init__(self, reference, authorization=None):
         import requests
+        from urllib3.util import Retry
 
-        self.reference = reference
-        self.base = registry_url(reference.host)
-        self.authorization = authorization  # the Authorization header, once a challenge was answered
+        self.reference, self.authorization = reference, authorization
+        self.base = f"{'http' if is_local(reference.host) else 'https'}://{reference.host}"
+        if reference.host == DOCKER_HUB:  # or a mirror of it
+            self.base = os.environ.get("MOCKER_HUB", "https://registry-1.docker.io").rstrip("/")
         self.session = requests.Session()
         self.session.max_redirects = 10
         self.session.hooks["response"] = [self.check_response]
-        self.session.headers.update({
-            "User-Agent": f"mocker/{__version__}",
-            "Accept-Encoding": "identity",  # a digest is of the bytes as they are stored
-        })  # fmt: skip
+        # A digest is of the bytes as they are stored, so no compression on the way.
+        self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity"})
+        patience = Retry(ATTEMPTS, read=1, backoff_factor=0.3, status_forcelist=(500, 502, 503, 504), raise_on_status=False,
+                         redirect=0, respect_retry_after_header=False)
+        self.session.mount("http", requests.adapters.HTTPAdapter(max_retries=patience))
 
     def check_response(self, response, **_):
-        """Each response, redirects included: say it, and see that the next one may be asked for."""
+        """Each response, redirects too: say it, and see whether its redirect may be followed."""
         from urllib.parse import urljoin, urlsplit
 
-        reason = response.headers.get("Content-Length", "-")
         url = urlsplit(response.url)
-        say(f'"GET {url.scheme}://{url.netloc.rpartition("@")[2]}{url.path}{public_query(url.query)} '
-            f'HTTP/1.1" {response.status_code} {reason}')  # fmt: skip
+        shown = [part for part in url.query.split("&") if re.match("(service|scope)=", part)]  # never a signature
+        query = "?" * bool(url.query) + "&".join(shown + ["…"] * (len(shown) <= url.query.count("&") and bool(url.query)))
+        say(f'"GET {url.scheme}://{url.netloc.rpartition("@")[2]}{url.path}{query} HTTP/1.1" '
+            f'{response.status_code} {response.headers.get("Content-Length", "-")}')
         if response.is_redirect:
             target = urlsplit(urljoin(response.url, response.headers["Location"]))
-            safe = target.scheme == "https" or (target.scheme == "http" and (url.scheme == "http" or is_local(target.netloc)))
-            if not safe:
+            if not (target.scheme == "https" or target.scheme == "http" and (url.scheme == "http" or is_local(target.netloc))):
                 raise MockerError(f"{url.netloc} redirects to {target.scheme}://{target.netloc}: only https is followed")
 
-    def get(self, path, **options):
-        """GET, patiently: a token when asked for one, again after a fault that may pass."""
+    def get(self, path, **headers):
+        """GET, and what the challenge or the limit of the registry asks for. Raises MockerError, says what to do."""
         import time
 
         import requests
 
-        problem, wait = None, 0
-        for attempt in range(ATTEMPTS):
-            if problem:
-                say(f"{problem}; trying again")
-                time.sleep(wait)
-            wait = 0.3 * 2**attempt
-            try:
-                response = self.get_once(path, **options)
-            except requests.exceptions.SSLError as error:
-                raise MockerError(f"{self.base}: its TLS certificate is not trusted ({root_cause(error)}): "
-                                  "name your CA's file in REQUESTS_CA_BUNDLE, or check the clock") from None  # fmt: skip
-            except requests.exceptions.TooManyRedirects:
-                raise MockerError(f"{self.base}: redirects without end") from None
-            except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema) as error:
-                raise MockerError(f"{self.base}: not an address that can be asked ({root_cause(error)})") from None
-            except requests.exceptions.RequestException as error:
-                problem = f"{self.base} can't be reached ({root_cause(error)})"
-                continue
-            if response.status_code < 500 and response.status_code != 429:
-                return self.refuse_errors(response)
-            problem = f"{self.base} answers {response.status_code} {response.reason}"
-            if response.status_code == 429:
-                problem, wait = too_many_requests(self.base, response)
-            response.close()
-            if wait > 10:
-                break
-        hint = "" if "429" in problem else ": check the network, or name a mirror in MOCKER_HUB"
-        raise MockerError(problem + hint)
-
-    def get_once(self, path, headers=(), **options):
-        """One GET; a 401 is answered with what its challenge asks for, once."""
-        for _ in range(2):
-            authorized = dict(headers)
-            if self.authorization:
-                authorized["Authorization"] = self.authorization
-            response = self.session.get(
-                f"{self.base}/v2/{self.reference.repository}/{path}", headers=authorized, timeout=TIMEOUT, **options
-            )
-            challenge = response.headers.get("WWW-Authenticate")
-            if response.status_code != 401 or not challenge:
-                return response
-            response.close()
-            self.authorization = self.answer(challenge)
+        try:
+            for _ in range(ATTEMPTS):
+                if self.authorization:
+                    headers["Authorization"] = self.authorization
+                response = self.session.get(f"{self.base}/v2/{self.reference.repository}/{path}", headers=headers,
+                                            auth=no_netrc, timeout=TIMEOUT, stream=True)
+                wait = response.headers.get("Retry-After", "")
+                if response.status_code == 401 and "WWW-Authenticate" in response.headers:
+                    self.answer(response.headers["WWW-Authenticate"])  # the first, or one that has expired
+                elif response.status_code == 429 and wait.isdigit() and int(wait) <= 10:
+                    time.sleep(int(wait))
+                else:
+                    break
+        except requests.exceptions.SSLError as error:
+            raise MockerError(f"{self.base}: its certificate is not trusted ({root_cause(error)}): name your CA's file "
+                              "in REQUESTS_CA_BUNDLE, or check the clock") from None
+        except requests.exceptions.TooManyRedirects:
+            raise MockerError(f"{self.base} redirects without end: try again later, or name a mirror in MOCKER_HUB") from None
+        except requests.exceptions.RequestException as error:
+            raise MockerError(f"{self.base} can't be reached ({root_cause(error)}): check the network, "
+                              "or name a mirror in MOCKER_HUB") from None
+        if response.status_code not in (200, 206):
+            raise self.refusal(response)
         return response
 
+    def refusal(self, response):
+        """A status that is no success → the line that says what to do."""
+        name, host, status = self.reference, self.reference.host, response.status_code
+        if status == 429:
+            limit = re.fullmatch(r"(\d+);w=(\d+)", response.headers.get("ratelimit-limit", ""))
+            allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
+            when = response.headers.get("Retry-After")
+            return MockerError(f"{self.base} answers 429: too many pulls{allowed}, for all behind this address together: try "
+                               f"again {f'in {when} s' if when else 'later'}, docker login, or name a mirror in MOCKER_HUB")
+        if status in (401, 403):
+            return MockerError(f"{host} refuses {name} ({status}): no such image, or it is private: docker login {host}")
+        if status == 404:
+            return MockerError(f"no such image: {name}: check the name and the tag at {self.base}")
+        return MockerError(f"{self.base} answers {status} {response.reason} for {name}: try again later")
+
     def answer(self, challenge):
-        """WWW-Authenticate (RFC 9110 §11.6.1) → the Authorization header that satisfies it."""
+        """WWW-Authenticate (RFC 9110 §11.6.1) → an Authorization header that satisfies it."""
+        import base64
         from urllib.request import parse_http_list, parse_keqv_list
 
-        scheme, _, rest = challenge.partition(" ")
-        user, password = find_credentials(self.reference.host)
         prove("the registry's challenge", challenge)
-        if scheme.lower() == "basic":
-            if user is None:
-                raise MockerError(f"{self.reference.host} wants a name and a password: docker login {self.reference.host}")
-            import base64
-
-            return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-        if scheme.lower() != "bearer":
-            raise MockerError(f"{self.reference.host} asks for '{printable(scheme)}' authorization, which mocker doesn't speak")
-        asked = parse_keqv_list([item for item in parse_http_list(rest) if "=" in item])
-        return "Bearer " + self.fetch_token(asked, (user, password) if user is not None else None)
+        scheme, _, rest = challenge.partition(" ")
+        asked_host = self.base.partition("//")[2]  # a mirror is not to see Docker Hub's password
+        credentials = find_credentials(DOCKER_HUB if asked_host == "registry-1.docker.io" else asked_host)
+        if scheme.lower() == "basic" and credentials:
+            self.authorization = "Basic " + base64.b64encode(":".join(credentials).encode()).decode()
+        elif scheme.lower() == "bearer":
+            asked = parse_keqv_list([item for item in parse_http_list(rest) if "=" in item])
+            self.authorization = "Bearer " + self.fetch_token(asked, credentials)
+        else:
+            raise MockerError(f"{self.reference.host} wants a name and a password: docker login {self.reference.host}")
 
     def fetch_token(self, asked, credentials):
-        """Ask the realm for a token that allows this pull, and no more. It may expire in mid-pull."""
-        realm = asked.get("realm", "")
-        if not (realm.startswith("https://") or (realm.startswith("http://") and self.base.startswith("http://"))):
-            raise MockerError(f"{self.reference.host} sends its token realm as '{realm}': only https is asked")
-        parameters = {"scope": f"repository:{self.reference.repository}:pull"}
-        if "service" in asked:
-            parameters["service"] = asked["service"]
+        """From the realm, a token that allows this pull and no more. It may expire in mid-pull."""
+        realm, scope = asked.get("realm", ""), f"repository:{self.reference.repository}:pull"
+        if not realm.startswith("https://") and not (realm.startswith("http://") and self.base.startswith("http://")):
+            raise MockerError(f"{self.reference.host} sends to '{realm}' for a token: only https is asked")
+        parameters = {"service": asked["service"], "scope": scope} if "service" in asked else {"scope": scope}
         response = self.session.get(realm, params=parameters, auth=credentials or no_netrc, timeout=TIMEOUT)
-        if response.status_code in (401, 403):
-            raise MockerError(f"{self.reference.host} gives no token for {self.reference.name}: "
-                              f"no such image, or it is private (docker login {self.reference.host})")  # fmt: skip
-        if response.status_code == 429 or response.status_code >= 500:
-            return self.retry_later(response)
+        if response.status_code != 200:
+            raise self.refusal(response)
         body = parse_json(response.content, "the token")
-        token = body.get("token") or body.get("access_token")
-        if response.status_code != 200 or not isinstance(token, str) or not token.isprintable():
-            raise MockerError(f"{realm} answers {response.status_code} and no token: try again, or name a mirror in MOCKER_HUB")
-        explain_token(token)
-        return token
+        token = expect(body.get("token") or body.get("access_token"), str, "the token")
+        with contextlib.suppress(ValueError, IndexError):
+            import base64
 
-    def retry_later(self, response):
-        """Let `get` treat the token service's trouble as any other."""
-        import requests
-
-        raise requests.exceptions.ConnectionError(f"the token service answers {response.status_code} {response.reason}")
-
-    def refuse_errors(self, response):
-        """Give a 2xx back; anything else becomes one line that says what to do."""
-        name, status = self.reference, response.status_code
-        if status in (200, 206):
-            return response
-        response.close()
-        if status == 404:
-            raise MockerError(f"no such image: {name}: check the name and the tag at {self.base}")
-        if status in (401, 403):
-            raise MockerError(f"{self.reference.host} refuses {name} ({status}): no such image, or it is private "
-                              f"(docker login {self.reference.host})")  # fmt: skip
-        raise MockerError(f"{self.base} answers {status} {printable(response.reason or '')} for {name}")
-
+            prove("the token's claims, decoded", base64.urlsafe_b64decode(token.split(".")[1] + "==").decode())
+        return token.strip()
 
 def no_netrc(request):
-    """An `auth` that adds nothing: without one, requests would look into ~/.netrc."""
+    """An `auth` that adds nothing: without any, requests would take one from ~/.netrc."""
     return request
 
-
 def root_cause(error):
-    """The innermost reason of a chain of library errors, in a few words."""
+    """The innermost reason in a chain of libraries' errors, in a few words."""
     while getattr(error, "args", None) and isinstance(error.args[-1], BaseException):
         error = error.args[-1]
     error = getattr(error, "reason", error)
-    return printable(str(error).rpartition("): ")[2] or type(error).__name__)[:200]
-
-
-def public_query(query):
-    """Of a URL's query, what may be shown on a projector: never a signature or a key."""
-    shown = [part for part in query.split("&") if part.partition("=")[0] in ("service", "scope")]
-    return ("?" + "&".join(shown + ["…"] * (len(shown) < query.count("&") + 1))) if query else ""
-
-
-def too_many_requests(base, response):
-    """429: → the line that says when to try again, and the seconds to wait."""
-    import email.utils
-    import time
-
-    after = response.headers.get("Retry-After", "")
-    with contextlib.suppress(TypeError, ValueError):
-        if not after.isdigit():
-            after = str(max(0, int(email.utils.parsedate_to_datetime(after).timestamp() - time.time())))
-    limit = re.fullmatch(r"(\d+);w=(\d+)", response.headers.get("ratelimit-limit", ""))
-    allowed = f", {limit[1]} pulls in {int(limit[2]) // 3600} hours" if limit else ""
-    when = f"try again in {after} s" if after.isdigit() else "try again in some hours"
-    return (f"{base} answers 429: too many pulls from this address{allowed}, which everyone behind it shares: "
-            f"{when}, docker login, or name a mirror in MOCKER_HUB", int(after) if after.isdigit() else 3600)  # fmt: skip
-
+    return (str(error).rpartition("): ")[2] or type(error).__name__)[:150]
 
 def find_credentials(host):
-    """(user, password) from docker's own ~/.docker/config.json or its credential helper, or (None, None)."""
+    """(user, password) from docker's ~/.docker/config.json or the helper that it names, or None."""
     import base64
 
-    folder = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
     try:
-        with open(os.path.join(folder, "config.json"), "rb") as file:
+        with open(os.path.join(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")) as file:
             config = parse_json(file.read(), "~/.docker/config.json")
     except OSError:
-        return None, None
+        return None
     server = "https://index.docker.io/v1/" if host == DOCKER_HUB else host
     helper = (config.get("credHelpers") or {}).get(server) or config.get("credsStore")
     if helper:
-        answer = subprocess.run([f"docker-credential-{helper}", "get"], input=server.encode(), capture_output=True)
-        if answer.returncode == 0:
-            found = parse_json(answer.stdout, f"docker-credential-{helper}")
-            return found.get("Username"), found.get("Secret")
+        answer = run_tool([f"docker-credential-{helper}", "get"], server)
+        found = parse_json(answer or "{}", f"docker-credential-{helper}")
+        return (found["Username"], found["Secret"]) if "Secret" in found else None
     entry = (config.get("auths") or {}).get(server) or {}
-    if not entry.get("auth"):
-        return None, None
-    user, _, password = base64.b64decode(entry["auth"]).decode(errors="replace").partition(":")
-    return user, password
+    user, colon, password = base64.b64decode(entry.get("auth") or "").decode(errors="replace").partition(":")
+    return (user, password) if colon else None
 
+def run_tool(command, text=None):
+    """Another program, told as a command → its output; None if it is not there or refuses."""
+    tell(shlex.join(command) + (f" <<< {shlex.quote(text)}" if text else ""))
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 def parse_json(raw, what):
-    """Bytes from outside → a dict, or a MockerError that says what is wrong with `what`."""
+    """From outside → a dict; MockerError if it is anything else."""
     try:
-        value = json.loads(raw)
+        return expect(json.loads(raw), dict, what)
     except (ValueError, RecursionError):
-        raise MockerError(f"{what} is not JSON: the registry is broken, or it is no registry") from None
-    return expect(value, dict, what)
-
+        raise MockerError(f"{what} is not JSON: the registry is broken, or it is none") from None
 
 def expect(value, kind, what):
-    """`value`, if it is of the kind that the spec says. JSON of another shape is refused, not guessed at."""
+    """`value`, if it is of the kind that the spec says: another shape is refused, not guessed at."""
     if not isinstance(value, kind) or isinstance(value, bool):
         name = {dict: "an object", list: "a list", str: "text", int: "a number"}[kind]
-        raise MockerError(f"{what} should be {name}: this image is broken, or no image")
+        raise MockerError(f"{what} should be {name}: this image is broken, or it is no image")
     return value
-
 
 def descriptor(value, what):
     """{"mediaType", "digest", "size"}: how the OCI specs point to a blob."""
     digest = expect(expect(value, dict, what).get("digest"), str, f"{what}'s digest")
     size = expect(value.get("size"), int, f"{what}'s size")
     if not DIGEST.fullmatch(digest) or size < 0:
-        raise MockerError(f"{what}'s digest '{printable(digest)[:80]}' or size is not valid: this image is broken")
+        raise MockerError(f"{what}'s digest '{digest[:80]}' or its size is not valid: this image is broken")
     return {"mediaType": expect(value.get("mediaType", ""), str, f"{what}'s mediaType"), "digest": digest, "size": size}
 
-
-def hash_of(digest):
-    """sha256:… → a fresh hashlib object of that kind."""
+def digest_of(data, algorithm="sha256"):
+    """Of bytes, or of an open file → sha256:…, the name that everything goes by."""
     import hashlib
 
-    return hashlib.new(digest.partition(":")[0])
+    found = hashlib.new(algorithm)
+    for piece in [data] if isinstance(data, bytes) else pieces(data):
+        found.update(piece)
+    return f"{algorithm}:{found.hexdigest()}"
 
-
-def check_digest(raw, digest, what):
-    """The bytes are what was asked for, whoever served them: that is what a digest is for."""
-    found = hash_of(digest)
-    found.update(raw)
-    if digest != f"{found.name}:{found.hexdigest()}":
-        raise MockerError(f"{what} is damaged: its digest is {found.name}:{found.hexdigest()}, not {digest}; pull again")
-
+def check_digest(data, digest, what):
+    """Is it what was asked for? Whoever served it: that is what a digest is for."""
+    found = digest_of(data, digest.partition(":")[0])
+    if found != digest:
+        raise MockerError(f"{what} is damaged: its digest is {found[:19]}…, not {digest[:19]}…; pull again")
 
 def fetch_manifest(registry, version):
-    """One manifest or index, by tag or digest → its raw bytes, its media type, its digest."""
-    response = registry.get(f"manifests/{version}", headers={"Accept": ", ".join(MANIFEST_TYPES + INDEX_TYPES)}, stream=True)
-    raw = response.raw.read(MANIFEST_LIMIT + 1)
-    if len(raw) > MANIFEST_LIMIT:
-        raise MockerError(f"the manifest of {registry.reference} is larger than 4 MiB: no real one is")
-    if DIGEST.fullmatch(version):
-        check_digest(raw, version, f"the manifest of {registry.reference}")
-        digest = version
-    else:
-        found = hash_of("sha256:")
-        found.update(raw)
-        digest = f"sha256:{found.hexdigest()}"
-    manifest = parse_json(raw, f"the manifest of {registry.reference}")
-    kind = manifest.get("mediaType") or response.headers.get("Content-Type", "").partition(";")[0]
-    if manifest.get("schemaVersion") == 1 or "docker.distribution.manifest.v1+" in str(kind):
-        raise MockerError(f"{registry.reference} is in the old schema 1 format, which Docker dropped too: pull a newer tag")
-    return raw, manifest, str(kind), digest
+    """A manifest or an index, by tag or by digest → raw bytes, JSON, media type, digest."""
+    import urllib3
 
+    what = f"the manifest of {registry.reference}"
+    raw, kind = read_blob(version) if DIGEST.fullmatch(version) else None, ""
+    if raw is None:  # what was asked for by digest, and is here, can't have changed
+        response = registry.get(f"manifests/{version}", Accept=", ".join(MANIFEST_TYPES + INDEX_TYPES))
+        try:
+            raw = response.raw.read(MANIFEST_LIMIT + 1)
+        except urllib3.exceptions.HTTPError as error:
+            raise MockerError(f"{what} is cut off ({root_cause(error)}): try again") from None
+        kind = response.headers.get("Content-Type", "").partition(";")[0]
+        if len(raw) > MANIFEST_LIMIT:
+            raise MockerError(f"{what} is larger than 4 MiB: no real one is")
+        if DIGEST.fullmatch(version):
+            check_digest(raw, version, what)
+    manifest = parse_json(raw, what)
+    kind = expect(manifest.get("mediaType", kind), str, what)
+    if manifest.get("schemaVersion") == 1 or "docker.distribution.manifest.v1+" in kind:
+        raise MockerError(f"{registry.reference} is in the old schema 1 format, which Docker dropped, too: pull a newer tag")
+    return raw, manifest, kind, version if DIGEST.fullmatch(version) else digest_of(raw)
 
 def this_platform():
-    """{"os", "architecture", "variant"} of this machine, in Go's names as the specs use them."""
+    """os/architecture/variant of this machine, in the names of the specs, which are Go's."""
     machine = os.uname().machine
-    names = {"x86_64": ("amd64", ""), "aarch64": ("arm64", "v8"), "armv7l": ("arm", "v7"), "armv6l": ("arm", "v6"),
-             "i686": ("386", ""), "ppc64le": ("ppc64le", ""), "s390x": ("s390x", ""), "riscv64": ("riscv64", "")}  # fmt: skip
-    architecture, variant = names.get(machine, (machine, ""))
-    return {"os": "linux", "architecture": architecture, "variant": variant}
-
-
-def parse_platform(text):
-    """linux/arm64/v8 → as this_platform"""
-    parts = text.split("/")
-    if len(parts) not in (2, 3) or not all(parts):
-        raise MockerError(f"invalid platform '{text}': write os/architecture, as in linux/arm64 or linux/arm/v7")
-    return dict(zip(("os", "architecture", "variant"), parts + [""]))
-
+    names = {"x86_64": "amd64", "aarch64": "arm64/v8", "armv7l": "arm/v7", "armv6l": "arm/v6", "i686": "386"}
+    return f"linux/{names.get(machine, machine)}"
 
 def choose_platform(index, wanted, what):
-    """The entry of an index that runs here. An attestation (unknown/unknown) is no image."""
-    entries = []
-    for entry in expect(index.get("manifests"), list, f"{what}'s list of manifests"):
-        found = expect(expect(entry, dict, f"an entry of {what}").get("platform") or {}, dict, f"a platform of {what}")
-        names = [str(found.get(key) or "") for key in ("os", "architecture", "variant")]
-        if names[0] != "unknown":
-            entries.append((names, entry))
-    default = {"arm64": "v8"}.get(wanted["architecture"], "")
-    for variant in (wanted["variant"], default, ""):
-        for (system, architecture, found), entry in entries:
-            if (system, architecture) == (wanted["os"], wanted["architecture"]) and (found or default) == (variant or default):
-                return descriptor(entry, f"an entry of {what}")
-    there = sorted({"/".join(filter(None, names)) or "(no platform)" for names, _ in entries})
-    raise MockerError(f"{what} has no image for {'/'.join(filter(None, wanted.values()))}, only for {', '.join(there)}: "
-                      "try --platform=…")  # fmt: skip
-
-
-def explain_token(token):
-    """A token is three pieces of base64: what it allows can be read, and only the registry can make one."""
-    import base64
-
-    with contextlib.suppress(ValueError, IndexError):
-        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
-        prove("the token's claims (never show the token)", json.dumps(claims, indent=1))
-
-
-def describe_entry(entry, chosen):
-    """One line of an index, for --explain."""
-    platform = entry.get("platform") or {}
-    names = "/".join(filter(None, (platform.get(key) for key in ("os", "architecture", "variant"))))
-    return f"{names:16} {entry.get('digest', '')[:19]}…" + "  ← this machine's" * (entry.get("digest") == chosen["digest"])
-
-
-def explain_config(config, manifest):
-    """The layers beside the lines of the history that made them; some lines made none."""
-    made = [line for line in config.get("history") or [] if isinstance(line, dict) and not line.get("empty_layer")]
-    for layer, line in zip(manifest["layers"], made):
-        prove(f"layer {layer['digest'][:19]}… {layer['size']} bytes", str(line.get("created_by", ""))[:300])
-
+    """The index's entry for a platform. An attestation (unknown/unknown) is none; arm64 means arm64/v8."""
+    there = {}
+    for entry in expect(index.get("manifests"), list, f"{what}'s manifests"):
+        platform = expect(expect(entry, dict, f"an entry of {what}").get("platform") or {}, dict, f"a platform of {what}")
+        name = "/".join(str(platform[key]) for key in ("os", "architecture", "variant") if platform.get(key))
+        if not name.startswith("unknown"):
+            there.setdefault(name, entry)
+    for name in (wanted, f"{wanted}/v8", re.sub("/v.*", "", wanted), ""):
+        if name in there:
+            prove(f"the index's platforms: {', '.join(there)}; chosen", name)
+            return descriptor(there[name], f"an entry of {what}")
+    raise MockerError(f"{what} is not there for {wanted}, only for {', '.join(sorted(there)) or 'none'}: try --platform=…")
 
 @step
 def find_manifest(registry, platform):
     """Ask the registry which manifest the name stands for
 
-    A tag names an index or a manifest, both JSON. An index has one manifest for each platform: we
-    take the one for this machine, by its digest. Everything below it is named by digest too, so
-    from here on nobody, the registry included, can change a byte unseen.
-    Spec: OCI image-spec, image-index.md and manifest.md.
+    A tag names an index or a manifest, both JSON. An index has one manifest for each platform; we
+    take the one for this machine, by its digest. All below it is named by digest, too: from here
+    on nobody, the registry included, can change a byte unseen.
+    See the OCI image-spec, image-index.md and manifest.md.
     """
-    what = str(registry.reference)
-    version = registry.reference.version
+    what, version = str(registry.reference), registry.reference.version
     for _ in range(4):  # an index may point to an index
-        raw, manifest, kind, digest = stored_manifest(version) or fetch_manifest(registry, version)
+        raw, manifest, kind, digest = fetch_manifest(registry, version)
         save_blob(digest, raw)
         if "manifests" not in manifest and kind not in INDEX_TYPES:
-            return check_manifest(manifest, what), kind, digest, len(raw)
-        chosen = choose_platform(manifest, platform, what)
-        prove(f"the index {digest[:19]}… has", "\n".join(describe_entry(entry, chosen) for entry in manifest["manifests"]))
-        version = chosen["digest"]
-    raise MockerError(f"{what} is an index of an index of an index, without end: this image is broken")
-
-
-def stored_manifest(version):
-    """A manifest asked for by digest may be here already, and then it can't have changed."""
-    raw = DIGEST.fullmatch(version) and read_blob(version)
-    if not raw:
-        return None
-    manifest = parse_json(raw, version)
-    return raw, manifest, str(manifest.get("mediaType", "")), version
-
+            return {"digest": digest, "mediaType": kind, "size": len(raw), "manifest": check_manifest(manifest, what)}
+        version = choose_platform(manifest, platform, what)["digest"]
+    raise MockerError(f"{what} is an index of indexes, without end: this image is broken")
 
 def check_manifest(manifest, what):
-    """The manifest, reduced to what is needed and checked for its shape."""
-    layers = expect(manifest.get("layers"), list, f"{what}'s list of layers")
-    checked = {"config": descriptor(manifest.get("config"), f"{what}'s config"),
-               "layers": [descriptor(layer, f"a layer of {what}") for layer in layers]}  # fmt: skip
-    for layer in checked["layers"]:
-        if "nondistributable" in layer["mediaType"] or "foreign" in layer["mediaType"]:
-            raise MockerError(f"{what} has a foreign layer (Windows keeps those elsewhere): it can't run here")
-    return checked
-
+    """What we need of a manifest, its shape checked."""
+    layers = [descriptor(layer, f"a layer of {what}") for layer in expect(manifest.get("layers"), list, f"{what}'s layers")]
+    if any(re.search("nondistributable|foreign", layer["mediaType"]) for layer in layers):
+        raise MockerError(f"{what} has a foreign layer, as Windows images do: it can't run here")
+    return {"config": descriptor(manifest.get("config"), f"{what}'s config"), "layers": layers}
 
 def check_config(raw, layers, what):
-    """The image's config: its diff_ids, one a layer, must be there; what `run` uses must have its kind."""
+    """The image's config. It must have a diff_id for each layer, and text where `run` wants text."""
     config = parse_json(raw, f"{what}'s config")
-    rootfs = expect(config.get("rootfs"), dict, f"{what}'s rootfs")
-    diff_ids = expect(rootfs.get("diff_ids"), list, f"{what}'s list of diff_ids")
+    diff_ids = expect(expect(config.get("rootfs"), dict, f"{what}'s rootfs").get("diff_ids"), list, f"{what}'s diff_ids")
     if len(diff_ids) != len(layers) or not all(isinstance(d, str) and DIGEST.fullmatch(d) for d in diff_ids):
-        raise MockerError(f"{what} has {len(layers)} layers, but not a diff_id for each: this image is broken")
+        raise MockerError(f"{what} has {len(layers)} layers, but no valid diff_id for each: this image is broken")
     wanted = expect(config.get("config") or {}, dict, f"{what}'s config")
     for key, kind in (("Env", list), ("Entrypoint", list), ("Cmd", list), ("WorkingDir", str), ("User", str)):
-        value = expect(wanted.get(key) or kind(), kind, f"{what}'s {key}")
-        if not all(isinstance(item, str) and "\0" not in item for item in value):
-            raise MockerError(f"{what}'s {key} should be text: this image is broken")
+        for item in expect(wanted.get(key) or kind(), kind, f"{what}'s {key}"):
+            if "\0" in expect(item, str, f"{what}'s {key}"):
+                raise MockerError(f"{what}'s {key} has a NUL in it: this image is broken")
+    history = [line for line in expect(config.get("history") or [], list, f"{what}'s history") if isinstance(line, dict) and not line.get("empty_layer")]
+    for layer, line in zip(layers, history) if story.level >= EXPLAIN else ():
+        prove(f"layer {layer['digest'][:19]}…, {layer['size']} bytes, was made by", str(line.get("created_by"))[:200])
     return config
 
-
 def fetch_blob(registry, blob, partial, received=lambda count: None):
-    """Download a blob into the store, unless it is there. After a drop, Range goes on (RFC 9110 §14.2)."""
+    """A blob into the store, unless it is there. After a drop it goes on by Range (RFC 9110 §14.2)."""
     import requests
     import urllib3
 
-    if os.path.exists(blob_path(blob["digest"])):
+    digest, size, idle = blob["digest"], blob["size"], 0
+    if os.path.exists(blob_path(digest)):
         return
-    path = os.path.join(partial, blob["digest"].replace(":", "-"))
-    failures = 0
-    with open(path, "w+b") as file:
-        while True:
+    with open(os.path.join(partial, digest.replace(":", "-")), "w+b") as file:
+        while file.tell() < size and idle < ATTEMPTS:
             offset = file.tell()
+            response = registry.get(f"blobs/{digest}", **({"Range": f"bytes={offset}-"} if offset else {}))
+            if response.status_code != 206:
+                file.seek(0)
+                file.truncate()
             try:
-                response = registry.get(f"blobs/{blob['digest']}", stream=True,
-                                        headers={"Range": f"bytes={offset}-"} if offset else {})  # fmt: skip
-                if response.status_code != 206:
-                    file.seek(0)
-                    file.truncate()
-                for chunk in iter(lambda: response.raw.read(1 << 18), b""):
-                    file.write(chunk)
+                for piece in pieces(response.raw):
+                    file.write(piece)
                     received(file.tell())
-                    if file.tell() > blob["size"]:
+                    if file.tell() > size:
                         break
-            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                say(f"the connection dropped at byte {file.tell()} ({root_cause(error)})")
-            if file.tell() >= blob["size"]:
-                break
-            failures = failures + 1 if file.tell() == offset else 0
-            if failures >= ATTEMPTS or not blob["size"]:
-                raise MockerError(f"{blob['digest'][:19]}… is cut off at {file.tell()} of {blob['size']} bytes: pull again")
-        if file.tell() != blob["size"]:
-            raise MockerError(f"{blob['digest'][:19]}… is longer than the {blob['size']} bytes that its manifest says")
-        check_file(file, blob["digest"])
-    keep_blob(path, blob["digest"])
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                say(f"the connection dropped at byte {file.tell()} ({root_cause(error)}); going on")
+            idle = idle + 1 if file.tell() <= offset else 0
+        if file.tell() != size:
+            raise MockerError(f"{digest[:19]}… has {file.tell()} bytes, not the {size} that its manifest says: pull again")
+        file.seek(0)
+        check_digest(file, digest, f"blob {digest[:19]}…")
+    os.makedirs(os.path.dirname(blob_path(digest)), exist_ok=True)
+    os.rename(file.name, blob_path(digest))
 
-
-def check_file(file, digest):
-    """The whole file against its digest."""
-    found = hash_of(digest)
-    file.seek(0)
-    for chunk in iter(lambda: file.read(1 << 18), b""):
-        found.update(chunk)
-    if found.hexdigest() != digest.partition(":")[2]:
-        raise MockerError(f"{digest[:19]}… is damaged: its digest is {found.name}:{found.hexdigest()[:12]}…; pull again")
-
-
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  The image store: blobs, layers, whiteouts
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #
 #  ~/mocker is an OCI image layout, which skopeo, podman and umoci can read, and a little more:
 #
@@ -706,24 +517,25 @@ def check_file(file, digest):
 #  library_tomcat.json                      one stored manifest an image: what `images` lists
 #  layers/<chain id>/                       each layer unpacked once, as overlayfs wants it
 #  containers/<id>/                         config.json, log, upper/ (what the container wrote), …
-#  partial/<anything>/                      a pull under way; its owner holds a lock on it
+#  partial/<anything>/                      a pull under way, whose owner holds a lock on it
 #
-#  All is made elsewhere and appears by rename: there is never half of anything.
+#  All is made elsewhere and appears by rename(2): there is never half of anything.
 
 LAYER_LIMIT = int(os.environ.get("MOCKER_LAYER_LIMIT", 10 << 30))  # bytes that one layer may unpack to
-
+OPAQUE = "trusted.overlay.opaque"
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 def store(*parts):
-    """A path in the store."""
     return os.path.join(HOME, *parts)
-
 
 def blob_path(digest):
     return store("blobs", *digest.split(":"))
 
+def layer_path(chain_id):
+    return store("layers", chain_id.partition(":")[2])
 
 def read_blob(digest):
-    """A small blob (a manifest or config), checked again, or None if it is not here."""
+    """A small blob (manifest or config), checked again; None if it is not here."""
     try:
         with open(blob_path(digest), "rb") as file:
             raw = file.read(MANIFEST_LIMIT + 1)
@@ -732,46 +544,36 @@ def read_blob(digest):
     check_digest(raw, digest, f"the stored blob {digest[:19]}…")
     return raw
 
-
 def save_blob(digest, raw):
     if not os.path.exists(blob_path(digest)):
         write_file(blob_path(digest), raw)
 
-
-def keep_blob(path, digest):
-    os.makedirs(os.path.dirname(blob_path(digest)), exist_ok=True)
-    os.rename(path, blob_path(digest))
-
-
 def write_file(path, content):
-    """Write it whole, or not at all: to a name of our own, then rename(2), which is atomic."""
-    content = content if isinstance(content, bytes) else (json.dumps(content, indent=2) + "\n").encode()
+    """Whole, or not at all: under a name of our own, then renamed."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    mine = f"{path}.{os.getpid()}.new"
-    with open(mine, "wb") as file:
-        file.write(content)
-    os.rename(mine, path)
-
+    with open(f"{path}.{os.getpid()}.new", "wb") as file:
+        file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode() + b"\n")
+    os.rename(file.name, path)
 
 @contextlib.contextmanager
 def locked(directory, wait=True):
-    """Hold flock(2) on a directory. The kernel lets go of it when its holder dies, however it dies."""
+    """Hold flock(2) on a directory. The kernel lets go of it when the holder dies, however it dies."""
     os.makedirs(directory, exist_ok=True)
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield handle
+        yield
     finally:
         os.close(handle)
 
-
 @contextlib.contextmanager
 def partial_directory():
-    """A directory for one pull's unfinished work, gone when it ends; those of killed pulls go first."""
+    """For one pull's unfinished work. Those of pulls that were killed are removed first."""
     import shutil
 
-    for name in os.listdir(store("partial")) if os.path.isdir(store("partial")) else ():
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), locked(store("partial", name), wait=False):
+    os.makedirs(store("partial"), exist_ok=True)
+    for name in os.listdir(store("partial")):
+        with contextlib.suppress(BlockingIOError), locked(store("partial", name), wait=False):
             shutil.rmtree(store("partial", name), ignore_errors=True)
     path = store("partial", os.urandom(6).hex())
     with locked(path):
@@ -780,33 +582,24 @@ def partial_directory():
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
-
 def chain_ids(diff_ids):
-    """diff_ids, from the bottom up → the names of the unpacked layers (OCI image-spec, "Layer ChainID").
+    """diff_ids from the bottom up → names for the unpacked layers (OCI image-spec, "Layer ChainID").
 
-    A layer's files depend on what lies below: a parent directory that it leaves out has the mode of
-    the layer below, a hard link may go there. So its name says what is below, too.
-    >>> chain_ids(["sha256:a", "sha256:b"])[0]
-    'sha256:a'
+    What a layer unpacks to depends on what lies below: a parent directory that it leaves out has the
+    mode of the one below, a hard link may lead there. So the name tells what is below, too.
     """
     chain = []
     for diff_id in diff_ids:
-        if chain:
-            found = hash_of("sha256:")
-            found.update(f"{chain[-1]} {diff_id}".encode())
-            diff_id = f"sha256:{found.hexdigest()}"
-        chain.append(diff_id)
+        chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
     return chain
 
-
 class Image:
-    """A stored image: what its JSON file says, and its config."""
+    """A stored image: its JSON file, and its config."""
 
     def __init__(self, file):
         with open(store(file), "rb") as stored:
             self.stored = parse_json(stored.read(), file)
-        self.file = file
-        self.name, self.version = self.stored["name"], self.stored["version"]
+        self.file, self.name, self.version = file, self.stored["name"], self.stored["version"]
         self.manifest = self.stored["manifest"]
         self.size = self.manifest["config"]["size"] + sum(layer["size"] for layer in self.manifest["layers"])
 
@@ -820,70 +613,33 @@ class Image:
     @property
     def layers(self):
         """The unpacked layers' directories, from the bottom up."""
-        return [layer_path(chain) for chain in chain_ids(self.config["rootfs"]["diff_ids"])]
-
-
-def layer_path(chain):
-    return store("layers", chain.partition(":")[2])
-
+        return [layer_path(chain_id) for chain_id in chain_ids(self.config["rootfs"]["diff_ids"])]
 
 def all_images():
-    """Every stored image, by name."""
     files = os.listdir(HOME) if os.path.isdir(HOME) else []
     return [Image(file) for file in sorted(files) if file.endswith(".json") and file != "index.json"]
 
-
-# ── Layers ─────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def confined(directory):
-    """chroot into a directory and back: no path in a tar can name anything outside it.
-
-    The way back is the classic way out of a chroot, for whoever may call chroot(2) and holds a
-    directory from outside. That is why `run` doesn't rely on chroot.
-    """
-    outside, finders = os.open("/", os.O_PATH), sys.meta_path
-    sys.meta_path = []  # an import in here would run the image's own /usr/lib/python3
-    os.chroot(directory)
-    os.chdir("/")
-    try:
-        yield
-    finally:
-        os.fchdir(outside)
-        os.chroot(".")
-        os.close(outside)
-        sys.meta_path = finders
-
-
-def decompressed(file):
-    """The tar inside a blob, in pieces; its first bytes tell how it is packed, not its media type."""
-    magic = file.read(4)
-    file.seek(0)
-    if magic[:2] == b"\x1f\x8b":
-        return inflate(file)
-    if magic == b"\x28\xb5\x2f\xfd":
-        return pieces(open_zstd(file))
-    return pieces(file)
-
+# ── A layer's blob: packed, counted, hashed ──────────────────────────────────────────────────────
 
 def pieces(file):
     return iter(lambda: file.read(1 << 18), b"")
 
-
-def open_zstd(file):
+def decompressed(file):
+    """The tar in a blob, in pieces. How it is packed, its first bytes tell, whatever its media type says."""
+    magic = file.read(4)
+    file.seek(0)
+    if magic.startswith(GZIP):
+        return inflate(file)
+    if magic != ZSTD:
+        return pieces(file)
     try:
         from compression import zstd  # Python 3.14
     except ImportError:
-        try:
-            from backports import zstd
-        except ImportError:
-            raise MockerError("this layer is packed with zstd: pip install backports.zstd") from None
-    return zstd.ZstdFile(file)
-
+        from backports import zstd
+    return pieces(zstd.ZstdFile(file))
 
 def inflate(file):
-    """gzip (RFC 1952): one member or several, and nothing after them but zeros."""
+    """gzip (RFC 1952): one member or several, with nothing but zeros after them."""
     import zlib
 
     data = file.read(1 << 18)
@@ -898,31 +654,26 @@ def inflate(file):
             data = member.unconsumed_tail or (not member.eof and file.read(1 << 18))
         data = (member.unused_data or file.read(1 << 18)).lstrip(b"\0")
 
-
 class LayerStream:
-    """A layer's tar as a file that can only be read forward; counts and hashes what passes."""
+    """A layer's tar as a file that is read forward only; counts and hashes what passes."""
 
     def __init__(self, file, diff_id):
-        self.diff_id, self.hash = diff_id, hash_of(diff_id)
-        self.chunks = decompressed(file)
-        self.buffer, self.position, self.total = b"", 0, 0
+        import hashlib
 
-    def next_chunk(self):
-        chunk = next(self.chunks, b"")
-        self.hash.update(chunk)
-        self.total += len(chunk)
-        if self.total > LAYER_LIMIT:
-            raise MockerError(f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, raise MOCKER_LAYER_LIMIT")
-        return chunk
+        self.diff_id, self.hash = diff_id, hashlib.new(diff_id.partition(":")[0])
+        self.pieces, self.buffer, self.position, self.total = decompressed(file), b"", 0, 0
 
     def read(self, size):
-        """Exactly `size` bytes, or less at the end."""
+        """Exactly `size` bytes, or what is left."""
         while len(self.buffer) - self.position < size:
-            chunk = self.next_chunk()
-            if not chunk:
+            piece = next(self.pieces, b"")
+            if not piece:
                 size = len(self.buffer) - self.position
-                break
-            self.buffer, self.position = self.buffer[self.position :] + chunk, 0
+            self.hash.update(piece)
+            self.total += len(piece)
+            if self.total > LAYER_LIMIT:
+                raise MockerError(f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, raise MOCKER_LAYER_LIMIT")
+            self.buffer, self.position = self.buffer[self.position :] + piece, 0
         self.position += size
         return self.buffer[self.position - size : self.position]
 
@@ -933,285 +684,283 @@ class LayerStream:
         while self.tell() < offset and self.read(min(offset - self.tell(), 1 << 20)):
             pass
 
-    def copy(self, size, descriptor):
-        """The next `size` bytes into an open file."""
+    def copy(self, size, handle):
+        """The next `size` bytes, into an open file."""
         while size:
             data = self.read(min(size, 1 << 20))
             if not data:
                 raise EOFError("the tar ends in the middle of a file")
-            os.write(descriptor, data)
             size -= len(data)
+            while data:
+                data = data[os.write(handle, data) :]
 
     def finish(self):
-        """What follows the tar's end counts for the diff_id, too."""
+        """The diff_id counts all, also what follows the end of the tar."""
         while self.read(1 << 18):
             pass
         if self.hash.hexdigest() != self.diff_id.partition(":")[2]:
             raise MockerError(f"a layer does not unpack to the diff_id {self.diff_id[:19]}… of its config: damaged, or forged")
 
+# ── Unpacking ────────────────────────────────────────────────────────────────────────────────────
 
-class Layer:
-    """One layer being unpacked, by a process whose root is the layer's directory."""
+@contextlib.contextmanager
+def confined(directory):
+    """chroot into a directory, and back: no path in a tar can name anything outside it.
+
+    The way back is the classic way out of a chroot, for whoever may call chroot(2) and holds a
+    directory from outside. That is why `run` does not rely on chroot.
+    """
+    outside, finders = os.open("/", os.O_PATH), sys.meta_path
+    sys.meta_path = []  # an import would now run the image's own /usr/lib/python3
+    os.chroot(directory)
+    os.chdir("/")
+    try:
+        yield
+    finally:
+        os.fchdir(outside)
+        os.chroot(".")
+        os.close(outside)
+        sys.meta_path = finders
+
+class Unpacker:
+    """One layer on its way into a directory, in a process whose root that directory is."""
 
     def __init__(self, stream):
-        self.stream = stream
-        self.names = []  # the first ten, for the transcript
-        self.implied = set()  # directories that the tar leaves out: the layer below has their modes
-        self.borrowed = []  # (path, target): hard links to files of the layers below
-        self.directories = {}  # path → member, whose times are set last
+        self.stream, self.names, self.directories = stream, [], {}
+        self.implied = set()  # directories that the tar leaves out: the layers below know their modes
+        self.borrowed = []  # (path, target) of hard links to files of the layers below
 
     def unpack(self):
-        """Each member of the tar in its place, as overlayfs wants it."""
         import tarfile
 
         tar = tarfile.TarFile(fileobj=self.stream, encoding="utf-8", errors="surrogateescape")
         while member := tar.next():
-            tar.members.clear()  # or tarfile remembers all of them
-            if len(self.names) < 11:
-                self.names.append(member.name)
-            self.place(member)
+            tar.members.clear()  # or tarfile keeps them all
+            self.names += [member.name] if len(self.names) < 10 else []
+            self.place(member, os.path.normpath("/" + member.name.lstrip("/")))
         for path, member in reversed(self.directories.items()):
-            set_times(path, member)
+            set_times(path, member)  # last, since each new file changes its directory's
         self.stream.finish()
 
-    def place(self, member):
-        """One member. A later one replaces an earlier one of the same name."""
-        path = os.path.normpath("/" + member.name.lstrip("/"))
+    def place(self, member, path):
+        """One member of the tar. A later one replaces an earlier one of the same name."""
         folder, name = os.path.split(path)
-        if name == ".wh..wh..opq":
-            self.make_directory(folder, None)
-            make_opaque(folder)
-        elif name.startswith(".wh..wh."):
-            pass  # aufs kept its books in the layers of early images
-        elif name.startswith(".wh."):
-            self.make_whiteout(folder, name[len(".wh.") :])
-        elif member.isdir():
-            self.make_directory(path, member)
+        if name.startswith(".wh."):
+            return self.whiteout(folder, name[len(".wh.") :])
+        whiteout = False
+        try:
+            self.make(member, path)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError):
+            self.add_parents(folder)
+            whiteout = self.remove(path)
+            self.make(member, path)
+        if member.isdir():
+            self.directories[path] = member
+            self.implied.discard(path)
+            if whiteout:
+                make_opaque(path)
         else:
-            if path == "/":
-                raise MockerError("a layer's root is no directory: this image is broken")
-            if not self.try_to_make(path, member):
-                self.make_way(path)
-                self.try_to_make(path, member)
             self.directories.pop(path, None)
 
-    def try_to_make(self, path, member):
-        """Make it; False if something is in the way: an older entry, or a parent that is missing."""
-        try:
-            if member.isreg():
-                self.make_file(path, member)
-            elif member.islnk():
-                self.make_link(path, os.path.normpath("/" + member.linkname.lstrip("/")))
-            elif member.issym():
-                os.symlink(member.linkname, path)
-                set_metadata(path, member)
-            elif member.isfifo() or member.isdev():
-                kind = 0o010000 if member.isfifo() else 0o020000 if member.ischr() else 0o060000
-                os.mknod(path, kind, os.makedev(member.devmajor, member.devminor) if member.isdev() else 0)
-                set_metadata(path, member)
-            else:
-                raise MockerError(f"a layer holds '{member.name}' of the unknown type {member.type}: this image is broken")
-        except (FileExistsError, FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+    def make(self, member, path):
+        """As its type says. FileExistsError, FileNotFoundError: something is in the way, or not there yet."""
+        if member.isdir():
+            if path not in self.directories and not is_directory(path):
+                os.mkdir(path)
+        elif member.isreg():
+            self.make_file(member, path)
+        elif member.issym():
+            os.symlink(member.linkname, path)
+        elif member.isfifo() or member.isdev():
+            kind = stat.S_IFIFO if member.isfifo() else stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+            os.mknod(path, kind, 0 if member.isfifo() else os.makedev(member.devmajor, member.devminor))
+        elif member.islnk():
+            return self.make_link(path, os.path.normpath("/" + member.linkname.lstrip("/")))
+        else:
+            raise MockerError(f"a layer has '{member.name}' of unknown type {member.type}: this image is broken")
+        return set_metadata(path, member)
 
-    def make_file(self, path, member):
-        """A regular file, with all that belongs to it. Sparse files keep their holes."""
+    def make_file(self, member, path):
+        """Sparse files keep their holes."""
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
+            for offset, size in [(0, member.size)] if member.sparse is None else member.sparse:
+                os.lseek(handle, offset, os.SEEK_SET)
+                self.stream.copy(size, handle)
             if member.sparse is not None:
-                for offset, size in member.sparse:
-                    os.lseek(handle, offset, os.SEEK_SET)
-                    self.stream.copy(size, handle)
-                os.ftruncate(handle, min(member.size, LAYER_LIMIT))
-            elif member.size:
-                self.stream.copy(member.size, handle)
-            set_metadata(handle, member)
+                os.ftruncate(handle, member.size)
         finally:
             os.close(handle)
 
     def make_link(self, path, target):
-        """A hard link; if its target is in a layer below, that is settled when those are there."""
+        if path == target:
+            raise MockerError(f"a layer has a hard link '{path}' to itself: this image is broken")
         if os.path.lexists(target):
-            if path != target:
-                os.link(target, path, follow_symlinks=False)
+            os.link(target, path, follow_symlinks=False)
         else:
             os.lstat(os.path.dirname(path))
             self.borrowed.append((path, target))
 
-    def make_way(self, path):
-        """Make the parents that the tar left out, and remove an older entry of this name."""
+    def add_parents(self, folder):
+        """Directories that a member needs, but the tar has not (yet)."""
+        if not os.path.isdir(folder):
+            self.add_parents(os.path.dirname(folder))
+            whiteout = self.remove(folder)
+            os.mkdir(folder, 0o755)
+            self.implied.add(folder)
+            if whiteout:
+                make_opaque(folder)
+
+    def remove(self, path):
+        """Whatever is there. → was it a whiteout? Then a new directory must go on hiding what is below."""
         import shutil
 
-        self.make_directory(os.path.dirname(path), None)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
-            else:
-                os.unlink(path)
-
-    def make_directory(self, path, member):
-        """A directory, by a member of its own, or (None) since something in it needs it."""
-        if member is None and os.path.isdir(path):
-            return
-        replaces = None
-        with contextlib.suppress(FileNotFoundError):
-            replaces = os.lstat(path)
-        if replaces is None or not is_directory(replaces):
-            self.make_directory(os.path.dirname(path), None)
-            if replaces is not None:
-                os.unlink(path)
-            os.mkdir(path)
-            if replaces is not None and is_whiteout(replaces):
-                make_opaque(path)
-        if member is None:
-            self.implied.add(path)
+        try:
+            status = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if path == "/":
+            raise MockerError("a layer's root is no directory: this image is broken")
+        if stat.S_ISDIR(status.st_mode):
+            shutil.rmtree(path)
+            self.forget(path)
         else:
-            self.implied.discard(path)
-            set_metadata(path, member)
-            self.directories[path] = member
+            os.unlink(path)
+        return is_whiteout(status)
 
-    def make_whiteout(self, folder, name):
-        """`.wh.NAME` deletes NAME of the layers below; for overlayfs that is a character device 0/0."""
+    def forget(self, path):
+        """A directory that is replaced takes along what was noted of it and of all below it."""
+        def gone(other):
+            return other == path or other.startswith(path + "/")
+
+        self.implied = {other for other in self.implied if not gone(other)}
+        self.borrowed = [(other, target) for other, target in self.borrowed if not gone(other)]
+        self.directories = {other: member for other, member in self.directories.items() if not gone(other)}
+
+    def whiteout(self, folder, name):
+        """`.wh.NAME` deletes NAME of the layers below, `.wh..wh..opq` hides all that they have here.
+
+        For overlayfs, the first is a character device 0/0, the second an xattr of the directory.
+        """
         if name in ("", ".", ".."):
             raise MockerError("a layer's whiteout names no file: this image is broken")
-        self.make_directory(folder, None)
+        if name.startswith(".wh.") and name != ".wh..opq":
+            return  # aufs kept its books in early images
+        self.add_parents(folder)
         path = os.path.join(folder, name)
-        try:
-            os.mknod(path, 0o020000, 0)
-        except FileExistsError:  # the layer has its own: only what is below it must go
-            if is_directory(os.lstat(path)):
-                make_opaque(path)
-        except PermissionError:
-            raise MockerError(f"whiteouts can't be stored in {HOME}, it lies on an overlay itself: "
-                              "set MOCKER_HOME to a folder on a disk, a volume, or /dev/shm") from None  # fmt: skip
+        if name == ".wh..opq":
+            make_opaque(folder)
+        elif is_directory(path):  # the layer's own: only what is below must go
+            make_opaque(path)
+        elif not os.path.lexists(path):
+            with on_plain_disk():
+                os.mknod(path, stat.S_IFCHR, 0)
 
-
-def is_directory(status):
-    return status.st_mode & 0o170000 == 0o040000
-
+def is_directory(path):
+    """Itself, not by a symlink."""
+    return os.path.isdir(path) and not os.path.islink(path)
 
 def is_whiteout(status):
-    return status.st_mode & 0o170000 == 0o020000 and status.st_rdev == 0
-
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 def make_opaque(folder):
-    """What the layers below have in this directory is hidden (kernel docs, filesystems/overlayfs)."""
-    try:
-        os.setxattr(folder, "trusted.overlay.opaque", b"y")
-    except OSError as error:
-        raise MockerError(f"{HOME} can't hold opaque directories ({error.strerror}): "
-                          "set MOCKER_HOME to a folder on a disk, a volume, or /dev/shm") from None  # fmt: skip
+    with on_plain_disk():
+        os.setxattr(folder, OPAQUE, b"y")
 
+@contextlib.contextmanager
+def on_plain_disk():
+    """An overlay keeps whiteouts for itself: inside docker, the store must lie elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        raise MockerError(f"{HOME} can't hold whiteouts ({error.strerror}), does it lie on an overlay, as in docker? "
+                          "Set MOCKER_HOME to a directory on a disk, a volume, or in /dev/shm") from None
 
 def set_metadata(path, member):
-    """Owner, mode, xattrs, times: in this order, since chown(2) clears setuid bits and capabilities."""
-    symbolic = member.issym()
+    """Owner, mode, xattrs, times; in this order, since chown(2) clears setuid bits and capabilities."""
     if not (0 <= member.uid < 2**32 - 1 and 0 <= member.gid < 2**32 - 1):  # -1 would mean: leave it
         raise ValueError(f"owner {member.uid}:{member.gid}")
-    os.chown(path, member.uid, member.gid, follow_symlinks=not symbolic)
-    if not symbolic:
+    os.chown(path, member.uid, member.gid, follow_symlinks=False)
+    if not member.issym():
         os.chmod(path, member.mode & 0o7777)
     for key, value in member.pax_headers.items():
-        if key.startswith("SCHILY.xattr.") and not key.startswith("SCHILY.xattr.trusted.overlay."):  # ours
+        if key.startswith("SCHILY.xattr.") and not key.startswith("SCHILY.xattr.trusted."):  # those are overlayfs' own
             with contextlib.suppress(OSError):  # as docker: a file system may lack them
-                os.setxattr(path, key[len("SCHILY.xattr.") :], value.encode("utf-8", "surrogateescape"), follow_symlinks=not symbolic)
+                raw = value.encode("utf-8", "surrogateescape")
+                os.setxattr(path, key[len("SCHILY.xattr.") :], raw, follow_symlinks=False)
     if not member.isdir():
         set_times(path, member)
 
-
 def set_times(path, member):
-    seconds = int(min(max(member.mtime, 0), 2**33) * 1_000_000_000)
-    os.utime(path, ns=(seconds, seconds), follow_symlinks=not member.issym())
-
-
-def look_below(layers, path):
-    """Where a path of the rootfs lies in the layers (from the top down), or None. Follows no symlink."""
-    for layer in layers:
-        place = layer
-        for part in path.strip("/").split("/"):
-            parent, place = place, os.path.join(place, part)
-            try:
-                status = os.lstat(place)
-            except FileNotFoundError:
-                if get_xattr(parent, "trusted.overlay.opaque") == b"y":
-                    return None
-                break
-            if not is_directory(status):
-                return place if place == os.path.join(layer, path.strip("/")) and not is_whiteout(status) else None
-        else:
-            return place
-    return None
-
-
-def get_xattr(path, name):
-    try:
-        return os.getxattr(path, name, follow_symlinks=False)
-    except OSError:
-        return None
-
-
-def settle_layer(directory, layers_below, implied, borrowed):
-    """Take from the layers below what the tar left to them: modes of parents, targets of hard links."""
-    import shutil
-
-    for path in sorted(implied):
-        source = look_below(layers_below, path)
-        here = os.path.join(directory, path.strip("/"))
-        if source and is_directory(os.lstat(source)):
-            copy_metadata(source, here)
-        elif path != "/":
-            os.chmod(here, 0o755)
-    for path, target in borrowed:
-        source = look_below(layers_below, target)
-        if source is None or is_directory(os.lstat(source)):
-            raise MockerError(f"a layer has a hard link to '{target}', which is nowhere: this image is broken")
-        here = os.path.join(directory, path.strip("/"))
-        shutil.copyfile(source, here, follow_symlinks=False)
-        copy_metadata(source, here)
-
+    nanoseconds = int(min(max(member.mtime, 0), 2**33) * 1_000_000_000)
+    os.utime(path, ns=(nanoseconds, nanoseconds), follow_symlinks=False)
 
 def copy_metadata(source, target):
-    """Owner, mode, xattrs, times."""
     import shutil
 
     status = os.lstat(source)
     os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
     shutil.copystat(source, target, follow_symlinks=False)
 
+def look_below(layers, path):
+    """Where a path lies in the layers below, from the top down; None if nowhere. Follows no symlink."""
+    for layer in layers:
+        place = layer
+        for part in path.strip("/").split("/"):
+            opaque = OPAQUE in os.listxattr(place)
+            place = os.path.join(place, part)
+            if not os.path.lexists(place):
+                if opaque:
+                    return None
+                break
+            if not is_directory(place):
+                whole = place == layer + path.rstrip("/")
+                return place if whole and not is_whiteout(os.lstat(place)) else None
+        else:
+            return place
+    return None
 
-def fetch_layer(registry, number, blob, diff_id, partial, progress):
-    """One layer, in a worker process: its blob into the store, its files into partial/<number>."""
-    story.lines = []  # told in one piece when the layer is done: several workers are at it
-    say(f"Fetching layer {blob['digest']}..")
-    if not os.path.exists(blob_path(blob["digest"])):
-        own = Registry(registry.reference, registry.authorization)  # a connection can't be shared
-        fetch_blob(own, blob, partial, lambda count: progress.set(number, count))
-    directory = os.path.join(partial, str(number))
-    os.mkdir(directory, 0o755)
-    with open(blob_path(blob["digest"]), "rb") as file:
-        layer = unpack_layer(file, diff_id, directory)
-    for name in layer.names[:10]:
-        say(f"- {name}")
-    say("...")
-    tell_all_at_once()
-    return directory, layer.implied, layer.borrowed
+def settle_layer(directory, below, implied, borrowed):
+    """What the tar left to the layers below: the modes of parents, the targets of hard links."""
+    import shutil
 
+    root = os.path.realpath(directory)
+    for path in [*sorted(implied), *(path for path, _ in borrowed)]:
+        # We are outside of the chroot here: no symlink of the layer may lead us on.
+        if os.path.realpath(root + os.path.dirname(path)) != os.path.normpath(root + os.path.dirname(path)):
+            raise MockerError(f"a layer puts '{path}' behind a symlink of its own: this image is broken")
+    for path in sorted(implied):
+        source = look_below(below, path)
+        if source and is_directory(source) and is_directory(directory + path):
+            copy_metadata(source, directory + path)
+    for path, target in borrowed:
+        source = look_below(below, target)
+        if source is None or not stat.S_ISREG(os.lstat(source).st_mode):
+            raise MockerError(f"a layer has a hard link to '{target}', which is nowhere: this image is broken")
+        shutil.copyfile(source, directory + path, follow_symlinks=False)
+        copy_metadata(source, directory + path)
 
 def unpack_layer(file, diff_id, directory):
-    """A blob's tar into a directory, in an order of its own: confined, bounded, checked."""
-    import tarfile
-    import zlib
+    """A blob's tar into a directory: confined, bounded, checked. → Unpacker"""
+    import shutil  # noqa: F401  before the chroot, where nothing can be imported
+    import tarfile  # noqa: F401
+    import zlib  # noqa: F401
 
-    layer = Layer(LayerStream(file, diff_id))
+    unpacker = Unpacker(LayerStream(file, diff_id))
     try:
         with confined(directory):
-            layer.unpack()
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError, RecursionError) as error:
-        raise MockerError(f"a layer is damaged, or no tar ({printable(str(error))[:100] or type(error).__name__}): pull again, "
-                          "or tell who made it") from None  # fmt: skip
-    return layer
+            unpacker.unpack()
+    except Exception as error:
+        # Whatever a library makes of forged bytes; but our own words, and a full disk, stay as they are.
+        if isinstance(error, MockerError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise MockerError(f"a layer is damaged, or no tar ({str(error)[:100] or type(error).__name__}): pull again, "
+                          "or tell who made it") from None
+    return unpacker
 
+# ── Pull ─────────────────────────────────────────────────────────────────────────────────────────
 
 class Progress:
     """Bytes received of each layer, in memory that the workers share."""
@@ -1219,22 +968,20 @@ class Progress:
     def __init__(self, layers):
         import mmap
 
-        self.total = sum(layer["size"] for layer in layers) or 1
-        self.shared = mmap.mmap(-1, 8 * len(layers) + 8)
+        self.total, self.counts = sum(layer["size"] for layer in layers), mmap.mmap(-1, 8 * len(layers) + 8)
 
     def set(self, number, count):
-        struct.pack_into("Q", self.shared, 8 * number, count)
+        struct.pack_into("Q", self.counts, 8 * number, count)
 
     def draw(self):
         """[########                ] 12.3 of 153.9 MiB"""
-        count = sum(number for (number,) in struct.iter_unpack("Q", self.shared[:]))
-        bar = "#" * min(30, 30 * count // self.total)
         if story.level >= PLAIN and os.isatty(2):
+            count = sum(count for (count,) in struct.iter_unpack("Q", self.counts[:]))
+            bar = "#" * min(30, 30 * count // max(self.total, 1))
             os.write(2, f"\r[{bar:30}] {count / 2**20:.1f} of {self.total / 2**20:.1f} MiB ".encode())
 
-
 def in_workers(work, items, limit, meanwhile):
-    """Run work(*item) for each item in a process of its own, `limit` at a time; → results, in order."""
+    """work(*item) for each item, in processes, `limit` at a time. → the results, in the items' order"""
     import pickle
     import select
 
@@ -1244,63 +991,78 @@ def in_workers(work, items, limit, meanwhile):
             while number not in results:
                 while waiting and len(running) < limit:
                     start_worker(work, *waiting.pop(0), running)
-                ready, _, _ = select.select(list(running), [], [], 0.25)
-                for pipe in ready:
-                    done, _ = running.pop(pipe)
+                for pipe in select.select(list(running), [], [], 0.25)[0]:
+                    done, pid = running.pop(pipe)
                     with open(pipe, "rb") as file:
                         results[done] = file.read()
+                    os.waitpid(pid, 0)
                 meanwhile()
-            result = pickle.loads(results.pop(number) or pickle.dumps(MockerError("a worker was killed: out of memory?")))
+            if not results[number]:
+                raise MockerError("a worker was killed, by lack of memory? Try again with fewer programs running")
+            result = pickle.loads(results.pop(number))
             if isinstance(result, BaseException):
                 raise result
             yield result
     finally:
         for _, pid in running.values():
             os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                os.wait()
-
+            os.waitpid(pid, 0)
 
 def start_worker(work, number, item, running):
-    """Fork; the worker's result, or its exception, comes back through a pipe."""
+    """Fork one. Its result, or its exception, comes back through a pipe."""
     import pickle
 
     reader, writer = os.pipe()
     parent, pid = os.getpid(), os.fork()
     if pid:
         os.close(writer)
-        running[reader] = (number, pid)
+        running[reader] = number, pid
         return
     try:
         die_with(parent)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for stop in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+            signal.signal(stop, signal.SIG_DFL)
+        story.lines = []  # several are at it: each tells its part in one piece
         try:
             result = work(*item)
         except (MockerError, OSError) as error:
-            tell_all_at_once()
             result = error
+        emit("".join(story.lines))
         with open(writer, "wb") as file:
             pickle.dump(result, file)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
     finally:
-        if sys.exc_info()[0]:
-            sys.excepthook(*sys.exc_info())
         os._exit(0)
 
+def fetch_layer(registry, number, blob, diff_id, partial, progress):
+    """One layer, in a worker: its blob into the store, its files into partial/…/<number>."""
+    say(f"Fetching layer {blob['digest']}..")
+    if not os.path.exists(blob_path(blob["digest"])):
+        own = Registry(registry.reference, registry.authorization)  # a connection can't be shared
+        fetch_blob(own, blob, partial, lambda count: progress.set(number, count))
+    directory = os.path.join(partial, str(number))
+    os.mkdir(directory, 0o755)
+    with open(blob_path(blob["digest"]), "rb") as file:
+        unpacker = unpack_layer(file, diff_id, directory)
+    for name in unpacker.names:
+        say(f"- {name}")
+    say("...")
+    return directory, unpacker.implied, unpacker.borrowed
 
 @step
 def fetch_layers(registry, layers, diff_ids, partial):
-    """Fetch the layers, and unpack each one
+    """Fetch the layers, and unpack each
 
     A layer is a tar of what one build step changed: the files it added, and whiteouts, names that
-    begin with `.wh.`, for those it deleted. Workers download and unpack several at once, each
-    chrooted into the directory that it fills; a layer that another image brought already is not
-    fetched again.
-    Spec: OCI image-spec, layer.md. Look: ls ~/mocker/layers
+    begin with `.wh.`, for those it deleted. Three workers download and unpack at a time, each
+    chrooted into the directory that it fills; a layer that is there already is not fetched again.
+    See the OCI image-spec, layer.md. Look: ls ~/mocker/layers
     """
     chain = chain_ids(diff_ids)
-    missing = [n for n in range(len(chain)) if not os.path.isdir(layer_path(chain[n]))]
-    progress = Progress([layers[n] for n in missing])
+    missing = [n for n in range(len(chain)) if not os.path.isdir(layer_path(chain[n]))
+               or not os.path.exists(blob_path(layers[n]["digest"]))]
+    progress = Progress(layers)
     os.makedirs(store("layers"), exist_ok=True)
     jobs = [(registry, n, layers[n], diff_ids[n], partial, progress) for n in missing]
     for n, (directory, implied, borrowed) in zip(missing, in_workers(fetch_layer, jobs, 3, progress.draw)):
@@ -1308,64 +1070,46 @@ def fetch_layers(registry, layers, diff_ids, partial):
         with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
             os.rename(directory, layer_path(chain[n]))
 
-
-def save_image(reference, kind, digest, manifest, raw_size):
-    """The image's JSON file, and its line in index.json: with these it is there."""
-    entry = {"name": reference.name, "version": reference.version, "digest": digest, "mediaType": kind,
-             "size": raw_size, "manifest": manifest}  # fmt: skip
+def pull_image(reference, platform=None):
+    """From a name to a stored image: manifest, config, layers. → Image"""
+    say(f"Fetching manifest for {str(reference).replace('library/', '', reference.host == DOCKER_HUB)}...")
+    registry = Registry(reference)
+    with partial_directory() as partial:
+        found = find_manifest(registry, platform or this_platform())
+        layers, blob = found["manifest"]["layers"], found["manifest"]["config"]
+        if blob["size"] > MANIFEST_LIMIT:
+            raise MockerError(f"the config of {reference} is larger than 4 MiB: no real one is")
+        fetch_blob(registry, blob, partial)
+        config = check_config(read_blob(blob["digest"]), layers, str(reference))
+        fetch_layers(registry, layers, config["rootfs"]["diff_ids"], partial)
     with locked(HOME):
-        write_file(store(reference.file), entry)
+        write_file(store(reference.file), {"name": reference.name, "version": reference.version, **found})
         write_index()
-
+    return Image(reference.file)
 
 def write_index():
     """index.json (OCI image-spec, image-layout.md), made anew from the stored images."""
     write_file(store("oci-layout"), {"imageLayoutVersion": "1.0.0"})
     manifests = []
     for image in all_images():
-        digest, size = oci_manifest(image)
-        name = f"{image.name}{'@' if DIGEST.fullmatch(image.version) else ':'}{image.version}"
-        manifests.append({"mediaType": MANIFEST_TYPES[0], "digest": digest, "size": size,
-                          "annotations": {"org.opencontainers.image.ref.name": name}})  # fmt: skip
+        name = f"{image.name}{'@' if ':' in image.version else ':'}{image.version}"
+        manifests.append({**oci_manifest(image), "annotations": {"org.opencontainers.image.ref.name": name}})
     write_file(store("index.json"), {"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": manifests})
 
-
 def oci_manifest(image):
-    """(digest, size) of the image's manifest in OCI's own types: some readers know no others."""
+    """A descriptor of the image's manifest in OCI's own types, since some readers know no others."""
     if image.stored["mediaType"] == MANIFEST_TYPES[0]:
-        return image.stored["digest"], image.stored["size"]
-    layers = [dict(layer, mediaType=layer_type(layer["digest"])) for layer in image.manifest["layers"]]
-    config = dict(image.manifest["config"], mediaType="application/vnd.oci.image.config.v1+json")
-    manifest = {"schemaVersion": 2, "mediaType": MANIFEST_TYPES[0], "config": config, "layers": layers}
+        return {key: image.stored[key] for key in ("mediaType", "digest", "size")}
+    manifest = {"schemaVersion": 2, "mediaType": MANIFEST_TYPES[0], "layers": [],
+                "config": {**image.manifest["config"], "mediaType": "application/vnd.oci.image.config.v1+json"}}
+    for layer in image.manifest["layers"]:
+        with open(blob_path(layer["digest"]), "rb") as file:
+            magic = file.read(4)
+        packed = "+gzip" if magic.startswith(GZIP) else "+zstd" if magic == ZSTD else ""
+        manifest["layers"].append({**layer, "mediaType": f"application/vnd.oci.image.layer.v1.tar{packed}"})
     raw = json.dumps(manifest).encode()
-    found = hash_of("sha256:")
-    found.update(raw)
-    save_blob(f"sha256:{found.hexdigest()}", raw)
-    return f"sha256:{found.hexdigest()}", len(raw)
-
-
-def layer_type(digest):
-    """A blob's media type, by its first bytes."""
-    with open(blob_path(digest), "rb") as file:
-        magic = file.read(4)
-    packed = "+gzip" if magic[:2] == b"\x1f\x8b" else "+zstd" if magic == b"\x28\xb5\x2f\xfd" else ""
-    return f"application/vnd.oci.image.layer.v1.tar{packed}"
-
-
-def pull_image(reference, platform=None):
-    """From a name to a stored image: manifest, config, layers. → Image"""
-    say(f"Fetching manifest for {reference.familiar}...")
-    registry = Registry(reference)
-    with partial_directory() as partial:
-        manifest, kind, digest, size = find_manifest(registry, platform or this_platform())
-        fetch_blob(registry, manifest["config"], partial)
-        raw = read_blob(manifest["config"]["digest"])
-        config = check_config(raw, manifest["layers"], str(reference))
-        explain_config(config, manifest)
-        fetch_layers(registry, manifest["layers"], config["rootfs"]["diff_ids"], partial)
-        save_image(reference, kind, digest, manifest, size)
-    return Image(reference.file)
-
+    save_blob(digest_of(raw), raw)
+    return {"mediaType": MANIFEST_TYPES[0], "digest": digest_of(raw), "size": len(raw)}
 
 def pull(arguments):
     """Fetch an image from Docker Hub, or from the registry that its name begins with.
@@ -1379,14 +1123,14 @@ def pull(arguments):
       --step              the same, and wait for Enter before each one
       -q, --quiet         say nothing
 
-    Examples: hello-world   hello-world:latest   hello-world latest   library/hello-world
+    Names: hello-world   hello-world:latest   hello-world latest   library/hello-world
       127.0.0.1:5000/team/app:1.2   name@sha256:…
     """
     need_root("pull")
-    platform = parse_platform(arguments["--platform"]) if arguments["--platform"] else None
-    pull_image(parse_reference(arguments["<name>"], arguments["<tag>"]), platform)
-    return 0
-
+    platform = arguments["--platform"]
+    if platform and not re.fullmatch(r"\w+/\w+(/\w+)?", platform):
+        raise MockerError(f"invalid platform '{platform}': write os/architecture, as in linux/arm64 or linux/arm/v7")
+    pull_image(Reference(arguments["<name>"], arguments["<tag>"]), platform)
 
 def images(arguments):
     """List the images that are here: name, version, size of the download, file.
@@ -1398,8 +1142,6 @@ def images(arguments):
 
     rows = [(image.name, image.version, f"{image.size / 2**20:.1f}MiB", image.file) for image in all_images()]
     print(tabulate(rows, headers=("name", "version", "size", "file"), tablefmt="pretty", stralign="left"))
-    return 0
-
 
 def verify(arguments):
     """Check every image again: each blob against its digest, each layer against its diff_id.
@@ -1407,259 +1149,155 @@ def verify(arguments):
     Usage:
       mocker verify
     """
-    damaged = 0
+    status = 0
     for image in all_images():
         try:
-            verify_image(image)
+            if read_blob(image.stored["digest"]) is None:
+                raise MockerError("its manifest is missing")
+            for blob, diff_id, layer in zip(image.manifest["layers"], image.config["rootfs"]["diff_ids"], image.layers):
+                verify_layer(blob["digest"], diff_id, layer)
             print(f"ok       {image.name}:{image.version}")
-        except MockerError as error:
-            damaged += 1
-            print(f"DAMAGED  {image.name}:{image.version}: {error}")
-    return 1 if damaged else 0
+        except (MockerError, FileNotFoundError) as error:
+            print(f"DAMAGED  {image.name}:{image.version}: {error}: remove it, and mocker pull {image.name}")
+            status = 1
+    return status
 
+def verify_layer(digest, diff_id, layer):
+    with open(blob_path(digest), "rb") as file:
+        check_digest(file, digest, f"blob {digest[:19]}…")
+        file.seek(0)
+        LayerStream(file, diff_id).finish()
+    os.listdir(layer)
 
-def verify_image(image):
-    """Raises MockerError at the first thing that isn't as the registry served it."""
-    read_blob(image.stored["digest"])
-    for blob, diff_id, layer in zip(image.manifest["layers"], image.config["rootfs"]["diff_ids"], image.layers):
-        try:
-            with open(blob_path(blob["digest"]), "rb") as file:
-                check_file(file, blob["digest"])
-                file.seek(0)
-                LayerStream(file, diff_id).finish()
-        except (FileNotFoundError, NotADirectoryError):
-            raise MockerError(f"{blob['digest'][:19]}… is missing: mocker pull {image.name}") from None
-        if not os.path.isdir(layer):
-            raise MockerError(f"the unpacked layer {layer} is missing: mocker pull {image.name}")
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
+#  The kernel calls that Python does not wrap, and what containers share
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 
-
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
-#  The kernel calls that Python does not wrap
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
-
-# Flags of unshare(2) and setns(2): which namespaces
-CLONE_NEWNS = 0x00020000  # mount: a mount table of its own
+CLONE_NEWNS = 0x00020000  # mount namespace: a mount table of its own
 CLONE_NEWCGROUP = 0x02000000  # cgroup: its cgroup looks like the root of the tree
 CLONE_NEWUTS = 0x04000000  # uts: a host name of its own
 CLONE_NEWIPC = 0x08000000  # ipc: System V IPC and POSIX message queues of its own
 CLONE_NEWPID = 0x20000000  # pid: process numbers of its own, from 1
-CLONE_NEWNET = 0x40000000  # net: interfaces, addresses, routes, firewall of its own
+CLONE_NEWNET = 0x40000000  # net: interfaces, addresses, routes and firewall of its own
 
-# Flags of mount(2), and how mount(8) spells them
 MS_RDONLY = 0x1
 MS_NOSUID = 0x2  # setuid bits and file capabilities count for nothing
 MS_NODEV = 0x4  # device nodes can't be opened
 MS_NOEXEC = 0x8
 MS_REMOUNT = 0x20  # change the flags of what is mounted
-MS_BIND = 0x1000  # the same directory at a second place
+MS_BIND = 0x1000  # the same file or directory at a second place
 MS_REC = 0x4000  # and all that is mounted below it
 MS_PRIVATE = 0x40000  # mounts made here stay here
 MS_STRICTATIME = 0x1000000
-MOUNT_OPTIONS = {MS_RDONLY: "ro", MS_NOSUID: "nosuid", MS_NODEV: "nodev", MS_NOEXEC: "noexec",
-                 MS_REMOUNT: "remount", MS_BIND: "bind", MS_STRICTATIME: "strictatime"}  # fmt: skip
+MOUNT_OPTIONS = {MS_RDONLY: "ro", MS_NOSUID: "nosuid", MS_NODEV: "nodev", MS_NOEXEC: "noexec", MS_REMOUNT: "remount",
+                 MS_BIND: "bind", MS_STRICTATIME: "strictatime"}
 
-MNT_DETACH = 2  # umount2(2): out of the tree now, gone when nobody uses it
-OPEN_TREE_CLONE = 1  # open_tree(2): a copy of a mount, not yet anywhere
-AT_RECURSIVE = 0x8000
-AT_EMPTY_PATH = 0x1000
-MOVE_MOUNT_F_EMPTY_PATH = 4  # move_mount(2): what to move is the descriptor itself
-PR_SET_PDEATHSIG = 1
-PR_CAPBSET_DROP = 24
-PR_SET_SECCOMP = 22
-SECCOMP_MODE_FILTER = 2
+MNT_DETACH = 2  # umount2(2): out of the tree now, gone when nobody uses it any more
+AT_FDCWD = -100
+OPEN_TREE_CLONE = 0x1  # open_tree(2): a copy of a mount, attached nowhere yet
+AT_RECURSIVE = 0x8000  # with what is mounted below it
+MOVE_MOUNT_F_EMPTY_PATH = 0x4  # move_mount(2): the descriptor itself is what moves
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, SECCOMP_MODE_FILTER = 1, 22, 24, 2
 
-# The C library wraps no pivot_root(2); the others are younger than some C libraries.
-SYSTEM_CALLS = {"x86_64": {"pivot_root": 155, "open_tree": 428, "move_mount": 429},
-                "aarch64": {"pivot_root": 41, "open_tree": 428, "move_mount": 429}}  # fmt: skip
+# The C library wraps no pivot_root(2), and an older one not the other two. (name: x86_64, aarch64)
+SYSTEM_CALLS = {"pivot_root": (155, 41), "open_tree": (428, 428), "move_mount": (429, 429)}
 
+def call(name, *arguments, what=None):
+    """A function of the C library, or a system call that it lacks. -1 becomes a MockerError with errno."""
+    import ctypes
 
-class _Libc:
-    """ctypes' view of the C library, loaded at the first call: `images` needs none."""
-
-    def __getattr__(self, name):
-        import ctypes
-
-        self.__dict__.update(ctypes=ctypes, library=ctypes.CDLL(None, use_errno=True))
-        return getattr(self, name) if name in ("ctypes", "library") else getattr(self.library, name)
-
-
-libc = _Libc()
-
-
-def call(what, function, *arguments):
-    """Call a C function; -1 becomes a MockerError that says what failed and why."""
-    result = getattr(libc, function)(*[encode(argument) for argument in arguments])
+    libc = ctypes.CDLL(None, use_errno=True)
+    if name in SYSTEM_CALLS:
+        if os.uname().machine not in ("x86_64", "aarch64"):
+            raise MockerError(f"mocker run knows the system calls of x86_64 and aarch64, not of {os.uname().machine}")
+        name, arguments = "syscall", (SYSTEM_CALLS[name][os.uname().machine != "x86_64"], *arguments)
+    # Numbers as long: flags use all their 32 bits.
+    encoded = [os.fsencode(a) if isinstance(a, str) else ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    result = getattr(libc, name)(*encoded)
     if result == -1:
-        number = libc.ctypes.get_errno()
-        raise MockerError(f"{what}: {os.strerror(number)}", number=number)
+        number = ctypes.get_errno()
+        raise MockerError(f"{what or name}: {os.strerror(number)}", number=number)
     return result
-
-
-def encode(argument):
-    """Python value → C: text as bytes, numbers as long, so that flags above 2^31 fit."""
-    if isinstance(argument, str):
-        return os.fsencode(argument)
-    return libc.ctypes.c_ulong(argument) if isinstance(argument, int) else argument
-
-
-def system_call(name, *arguments):
-    """syscall(2), for what the C library lacks."""
-    numbers = SYSTEM_CALLS.get(os.uname().machine)
-    if numbers is None:
-        raise MockerError(f"mocker run knows the system calls of {' and '.join(SYSTEM_CALLS)}, not of {os.uname().machine}")
-    return call(name, "syscall", numbers[name], *arguments)
-
-
-def unshare(flags, names):
-    """unshare(2): leave a namespace for a new one."""
-    tell(f"unshare {' '.join(f'--{name}' for name in names)}")
-    call(f"unshare {' '.join(names)}", "unshare", flags)
-
-
-def enter_namespace(handle, flags):
-    """setns(2): move into a namespace that an open file stands for."""
-    call("setns", "setns", handle, flags)
-
 
 def mount(source, target, kind="", flags=0, data=""):
     """mount(2)"""
     options = ",".join([name for flag, name in MOUNT_OPTIONS.items() if flags & flag] + [data] * bool(data))
-    command = ["mount"] + (["-t", kind] if kind else []) + (["-o", options] if options else []) + [source, target]
-    if flags & MS_PRIVATE:
-        command = ["mount", "--make-rprivate", target]
-    tell(shlex.join(command))
-    call(shlex.join(command), "mount", source, target, kind, flags, data)
-
-
-def bind_mount(source, target, flags=0):
-    """A directory or file at a second place. Its flags need a second call (man 2 mount, "Remounting")."""
-    mount(source, target, "", MS_BIND | MS_REC)
-    if flags:
-        mount("none", target, "", MS_REMOUNT | MS_BIND | flags)
-
+    command = shlex.join(["mount"] + ["-t", kind] * bool(kind) + ["-o", options] * bool(options) + [source, target])
+    command = f"mount --make-rprivate {target}" if flags & MS_PRIVATE else command
+    tell(command)
+    call("mount", source, target, kind, flags, data, what=command)
 
 def unmount(target):
-    """umount2(2), lazily: it leaves the tree at once, whoever may still be using it."""
+    """umount2(2), lazily: it leaves the tree at once, whoever may be using it."""
     tell(f"umount -l {target}")
-    call(f"umount {target}", "umount2", target, MNT_DETACH)
+    call("umount2", target, MNT_DETACH, what=f"umount {target}")
 
+def unshare(flags, names):
+    """unshare(2): leave a namespace for a new one."""
+    tell("unshare " + " ".join(f"--{name}" for name in names))
+    call("unshare", flags, what=f"unshare {', '.join(names)}")
 
-def open_tree(path):
-    """open_tree(2): a copy of what is mounted at `path`, to be attached elsewhere. → descriptor"""
-    return system_call("open_tree", -100, path, OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC)
-
-
-def move_mount(handle, target, source):
-    """move_mount(2): attach it. The target's symlinks are followed in the root that we have by now."""
-    tell(f"mount --bind {shlex.quote(source)} {shlex.quote(target)}")
-    system_call("move_mount", handle, "", -100, target, MOVE_MOUNT_F_EMPTY_PATH)
-    os.close(handle)
-
-
-def pivot_root():
-    """pivot_root(2): the current directory becomes the root of the mount namespace.
-
-    The old root comes to lie on top of the new one, at the same place, and is taken away: no put_old
-    directory is needed (man 2 pivot_root, "pivot_root(".", ".")").
-    """
-    tell("pivot_root . .")
-    system_call("pivot_root", ".", ".")
-    unmount(".")
-    os.chdir("/")
-
+@contextlib.contextmanager
+def coming_back(kind, flag):
+    """Leave a namespace for a while; setns(2) takes an open file that stands for one."""
+    handle = os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        call("setns", handle, flag)
+        os.close(handle)
 
 def die_with(parent):
-    """PR_SET_PDEATHSIG: SIGKILL when our parent dies, however it dies. Too late if it is dead already."""
-    call("prctl PDEATHSIG", "prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() not in (parent, 0):  # 0: our parent is outside our pid namespace
+    """Be killed when our parent dies, however it dies (man 2 PR_SET_PDEATHSIG); at once if it has."""
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() not in (parent, 0):  # 0: it is outside our pid namespace
         os._exit(1)
 
-
 def write_kernel_file(path, value):
-    """Write to a file of /proc, /sys or a cgroup: that is how those are told what to do."""
-    tell(f"echo {shlex.quote(str(value))} > {path}")
+    """/proc, /sys and cgroups are told what to do by writing to their files."""
+    tell(f"echo {value} > {path}")
     try:
         with open(path, "w") as file:
             file.write(str(value))
     except OSError as error:
         raise MockerError(f"echo {value} > {path}: {error.strerror}", number=error.errno) from None
 
-
-def read_kernel_file(path, default=""):
-    """What a file of the kernel says now, without the newline; `default` if there is none."""
+def read_kernel_file(path):
+    """What it says now; nothing if it is not there."""
     try:
         with open(path) as file:
             return file.read().strip()
     except OSError:
-        return default
-
+        return ""
 
 def need_root(command):
-    """Said before anything is done, not half-way through it."""
+    """Before anything is done, not half-way through."""
     if sys.platform != "linux":
-        raise MockerError("mocker needs Linux: its kernel is what containers are made of. On a Mac or Windows: "
-                          "docker run --privileged -it python:3")  # fmt: skip
+        raise MockerError("containers are made of Linux: on a Mac or Windows, docker run --privileged -it python:3")
     if os.geteuid() != 0:
-        raise MockerError(f"mocker {command} needs root, for mounts, owners and namespaces: sudo {sys.executable} {sys.argv[0]} …")
+        raise MockerError(f"{command} needs root, for owners, mounts and namespaces: sudo {sys.executable} {sys.argv[0]} …")
     effective = int(re.search(r"CapEff:\s*(\w+)", read_kernel_file("/proc/self/status"))[1], 16)
-    if command == "run" and not effective & 1 << 21:
-        raise MockerError("root here lacks CAP_SYS_ADMIN, as in a plain container: docker run --privileged, or a real machine")
+    if command == "run" and not effective & 1 << CAPABILITIES.index("SYS_ADMIN"):
+        raise MockerError("this root lacks CAP_SYS_ADMIN, as in a plain container: docker run --privileged, or a real machine")
 
-
-# ── What all containers of this machine share ──────────────────────────────────────────────────
-#
-#  /run/mocker/<id>.json   a running container, locked by its mocker: when that dies, the lock goes
-#  /run/mocker/before      what to put back when the last one ends: {"/proc/sys/net/…": "0", …}
-
+# /run/mocker/<id>.json is a container that runs, locked by its mocker: if that dies, the lock goes.
+# /run/mocker/before is what the last one puts back: {"files": {"/proc/sys/…": "0"}, "directories": […]}
 SHARED = "/run/mocker"
 
-
-def shared_state():
-    """What `before` says: sysctls and cgroup files to write back, directories to remove, the subnet."""
-    try:
-        with open(f"{SHARED}/before") as file:
-            return json.load(file)
-    except (FileNotFoundError, ValueError):
-        return {"files": {}, "directories": [], "subnet": None}
-
-
-def remember(path=None, value=None, directory=None, subnet=None):
-    """Note, before the change, how to undo something that the containers share."""
-    state = shared_state()
-    if path is not None:
-        state["files"].setdefault(path, value)
-    if directory is not None and directory not in state["directories"]:
-        state["directories"].append(directory)
-    state["subnet"] = subnet or state["subnet"]
-    write_file(f"{SHARED}/before", state)
-
-
-def set_shared(path, value):
-    """Write a kernel file that concerns the whole host; the last container to end puts it back."""
-    now = read_kernel_file(path)
-    if now != value:
-        remember(path=path, value=now)
-        write_kernel_file(path, value)
-
-
-def register(container):
-    """Note that it runs: a file, locked as long as we live. Others see by it what is in use."""
-    path = f"{SHARED}/{container.id}.json"
-    with locked(SHARED):
-        container.lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(container.lock, fcntl.LOCK_EX)
-        note_container(container)
-
-
-def note_container(container):
-    """Write what the others may want to know, and what is to be cleared away should we be killed."""
-    state = {"directory": container.directory, "remove": container.remove, "address": container.address,
-             "mount_namespace": "mount" in container.parts, "ports": bool(container.ports)}  # fmt: skip
-    os.pwrite(container.lock, json.dumps(state).ljust(1000).encode(), 0)
-
+def shared_state(**changes):
+    """Read `before`, and note what is about to be changed, with what it was. The caller holds the lock."""
+    state = {"files": {}, "directories": [], "subnet": None}
+    with contextlib.suppress(FileNotFoundError), open(f"{SHARED}/before") as file:
+        state = json.load(file)
+    if changes:
+        state["files"] = {**changes.get("files", {}), **state["files"]}
+        state["directories"] += changes.get("directories", [])
+        state["subnet"] = changes.get("subnet", state["subnet"])
+        write_file(f"{SHARED}/before", state)
+    return state
 
 def running_containers():
-    """id → what its file in /run/mocker says, of those that run, and of those that were killed."""
+    """id → what its file says, of those that run and of those whose mocker was killed."""
     found = {}
     for name in os.listdir(SHARED) if os.path.isdir(SHARED) else ():
         if name.endswith(".json"):
@@ -1667,52 +1305,37 @@ def running_containers():
                 found[name[: -len(".json")]] = json.load(file)
     return found
 
-
-def is_alive(id):
-    """Does its mocker still hold the lock?"""
-    try:
-        with open(f"{SHARED}/{id}.json") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    return False
-
+def note_container(container):
+    """What the others want to know of it, and what is to be cleared away should we be killed."""
+    state = {"directory": container.directory, "remove": container.remove, "address": container.address,
+             "host_mounts": "mount" not in container.parts}
+    os.pwrite(container.lock, json.dumps(state).ljust(1000).encode(), 0)
 
 def sweep():
-    """Clear away what a killed mocker left. Every command begins with it."""
-    if os.geteuid() != 0 or not os.path.isdir(SHARED) or not os.listdir(SHARED):
-        return
-    with locked(SHARED):
-        for id, state in running_containers().items():
-            if not is_alive(id):
-                say(f"Clearing what container {id} left: its mocker was killed")
-                delete_cgroup(id)
-                delete_network(id)
-                if state["ports"]:
-                    unpublish_ports(id)
-                delete_directory(state["directory"], state["remove"], state["mount_namespace"])
-                forget(id)
-
-
-def unregister(id):
-    with locked(SHARED):
-        forget(id)
-
+    """What a killed mocker left is cleared away by the next command."""
+    if os.geteuid() == 0 and os.path.isdir(SHARED) and os.listdir(SHARED):
+        with locked(SHARED):
+            for id, state in running_containers().items():
+                with open(f"{SHARED}/{id}.json") as file, contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    say(f"clearing away container {id}, whose mocker was killed")
+                    delete_cgroup(id)
+                    delete_network(id)
+                    delete_directory(**state)
+                    forget(id)
 
 def forget(id):
-    """The container is gone; the last one puts the host back as it was."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{SHARED}/{id}.json")
+    """The last container to go puts the host back as it was. The caller holds the lock."""
+    os.unlink(f"{SHARED}/{id}.json")
     if not running_containers():
         restore_host()
 
-
 def restore_host():
-    """Undo what the containers shared: bridge, NAT, sysctls, empty cgroups."""
+    """Undo what containers share: the bridge and its NAT, settings, empty cgroups."""
     state = shared_state()
-    delete_bridge()
+    if os.path.isdir(f"/sys/class/net/{BRIDGE}"):
+        delete_rules("mocker")
+        Netlink().delete_link(BRIDGE)
     for path, value in state["files"].items():
         with contextlib.suppress(MockerError):
             write_kernel_file(path, value)
@@ -1722,277 +1345,243 @@ def restore_host():
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{SHARED}/before")
 
-
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  Its root: overlay, /proc, /sys, /dev, pivot_root
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #
-#  containers/<id>/lower/0, 1, …   links to the image's layers, from the top down: short names,
-#                                  since all of overlayfs' options must fit in one page
+#  containers/<id>/lower/0, 1, …   links to the image's layers, from the top down; short names,
+#                                  since overlayfs' options must fit in one page
 #  containers/<id>/upper           what the container writes; work is overlayfs' own
-#  containers/<id>/rootfs          where the two are seen as one tree
+#  containers/<id>/rootfs          where they are seen as one tree
 
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-DEVICE_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1",
-                "stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx"}  # fmt: skip
-
+LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
+         "ptmx": "pts/ptmx"}
+ETC_FILES = ("hosts", "hostname", "resolv.conf")
+# What /proc and /sys tell or do about the whole machine (as runc has it)
+MASKED = ("/proc/asound /proc/acpi /proc/kcore /proc/keys /proc/latency_stats /proc/timer_list /proc/timer_stats "
+          "/proc/sched_debug /proc/scsi /sys/firmware /sys/devices/virtual/powercap").split()
+READ_ONLY = "/proc/bus /proc/fs /proc/irq /proc/sys /proc/sysrq-trigger".split()
 
 @step
-def leave_host_namespaces(container):
+def leave_namespaces(container):
     """Namespaces: see other things under the same names
 
     mount: a mount table of its own. uts: a host name. ipc: message queues and shared memory.
-    cgroup: its own cgroup looks like the root. pid came with the fork: this process is number 1 in
-    there. Only user is missing, as in Docker: root inside is root outside, held by what follows.
-    See man 7 namespaces. Look: lsns; readlink /proc/*/ns/*
+    cgroup: its own cgroup looks like the root. pid came with the fork: this process is number 1.
+    Only user is missing, as in Docker: root in here is root out there, held by what follows.
+    See man 7 namespaces. Look: lsns; ls -l /proc/PID/ns
     """
     kinds = {"mount": CLONE_NEWNS, "uts": CLONE_NEWUTS, "ipc": CLONE_NEWIPC, "cgroup": CLONE_NEWCGROUP}
     kinds = {name: flag for name, flag in kinds.items() if name in container.parts}
     unshare(sum(kinds.values()), kinds)
-    if "mount" in container.parts:
-        # Or our mounts would show up on the host, where systemd makes / shared (man 7 mount_namespaces).
+    if "mount" in kinds:
+        # Else our mounts would show up on the host, where systemd shares / (man 7 mount_namespaces).
         mount("none", "/", "", MS_REC | MS_PRIVATE)
-    if "uts" in container.parts:
+    if "uts" in kinds:
         tell(f"hostname {container.hostname}")
-        call("sethostname", "sethostname", container.hostname, len(container.hostname))
-    prove("ls -l /proc/self/ns", "\n".join(
-        f"{name:7} {os.readlink(f'/proc/self/ns/{name}'):20} the host's is {container.host_namespaces[name]}"
-        for name in NAMESPACES))  # fmt: skip
-
+        call("sethostname", container.hostname, len(os.fsencode(container.hostname)))
+    prove("ls -l /proc/self/ns", "\n".join(f"{os.readlink(f'/proc/self/ns/{kind}'):20} the host's: {host}"
+                                           for kind, host in container.host_namespaces.items()))
 
 @step
 def mount_root(container):
     """Root: an overlay of the image's layers
 
     The layers lie below, read-only, shared by all containers of the image; a fresh upper directory
-    takes what this container writes. So the image stays clean, and a start costs no copy. nodev: a
-    device node in it can't be opened, wherever it came from.
+    takes what this one writes. So the image stays clean, and a start copies nothing. nodev: no
+    device node in there can be opened, wherever it came from.
     See the kernel's filesystems/overlayfs.rst. Look: ls ~/mocker/containers/ID/upper
     """
-    directory = container.directory
+    directory, layers = container.directory, container.image.layers
     os.mkdir(f"{directory}/lower")
-    for number, layer in enumerate(reversed(container.image.layers)):
+    for number, layer in enumerate(reversed(layers)):
         os.symlink(layer, f"{directory}/lower/{number}")
     os.chdir(f"{directory}/lower")
-    lower = ":".join(str(number) for number in range(len(container.image.layers)))
     try:
-        mount_overlay(lower, directory)
+        mount_overlay(len(layers), directory, f"{directory}/rootfs")
     except MockerError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        # overlayfs' upper can't lie on another overlay: that is what / is inside docker.
-        say(f"{HOME} lies on a file system that can't hold an upper layer: it goes to a tmpfs, and is lost at the end")
+        # An overlay can't hold another one's upper layer, and is what / is inside docker.
+        say(f"{HOME} can't hold an upper layer: it goes to a tmpfs, and is lost at the end")
+        os.mkdir(f"{directory}/scratch")
         mount("tmpfs", f"{directory}/scratch", "tmpfs", MS_NODEV)
-        mount_overlay(lower, f"{directory}/scratch", f"{directory}/rootfs")
+        mount_overlay(len(layers), f"{directory}/scratch", f"{directory}/rootfs")
     os.chdir(f"{directory}/rootfs")
-    prove("grep overlay /proc/self/mounts", read_kernel_file("/proc/self/mounts").splitlines()[-1])
+    prove("tail -1 /proc/self/mounts", read_kernel_file("/proc/self/mounts").splitlines()[-1])
 
-
-def mount_overlay(lower, directory, target=None):
+def mount_overlay(count, directory, target):
     for part in "upper", "work":
         os.makedirs(f"{directory}/{part}", exist_ok=True)
-    # The root directory itself is seen with the upper's mode and owner.
-    copy_metadata("0", f"{directory}/upper")
-    mount("overlay", target or f"{directory}/rootfs", "overlay", MS_NODEV,
-          f"lowerdir={lower},upperdir={directory}/upper,workdir={directory}/work")  # fmt: skip
-
+    copy_metadata("0", f"{directory}/upper")  # the root directory itself is seen as the upper's
+    lower = ":".join(map(str, range(count)))
+    mount("overlay", target, "overlay", MS_NODEV, f"lowerdir={lower},upperdir={directory}/upper,workdir={directory}/work")
 
 @step
 def take_along(container):
-    """Carry in: what will be needed from the host's side
+    """Pick up what will be needed from the host
 
-    Inside, nothing of the host can be named any more, and that is the point. So the few device
-    nodes, the volumes and the three files of /etc are picked up now, as copies of their mounts.
+    In the container nothing of the host can be named any more; that is the point. So its devices,
+    its volumes and its three files of /etc are picked up now, as copies of their mounts.
     See man 2 open_tree.
     """
-    devices = host_devices() if container.privileged else DEVICES
-    parcels = [(f"/dev/{name}", f"/dev/{name}", False) for name in devices]
+    devices = os.listdir("/dev") if container.privileged else DEVICES
+    parcels = [(f"/dev/{name}", f"/dev/{name}", False) for name in devices
+               if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")]
     parcels += [(f"{container.directory}/{name}", f"/etc/{name}", container.read_only) for name in ETC_FILES]
-    parcels += container.volumes
-    return [(open_tree(source), source, target, read_only) for source, target, read_only in parcels]
-
+    return [(call("open_tree", AT_FDCWD, source, OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC, what=source), source, *rest)
+            for source, *rest in parcels + container.volumes]
 
 @step
 def enter_root(container):
     """pivot_root: make it the root, and let go of the host's
 
-    chroot(2) only moves where a process looks for `/`: the host's tree stays mounted, and root can
-    climb back to it. pivot_root exchanges the root of the whole mount namespace; then the old one
-    is unmounted, and there is nothing left to climb to.
+    chroot(2) only changes where a process starts to look for `/`: the host's tree stays mounted,
+    and root can climb back into it. pivot_root exchanges the root of the whole mount namespace;
+    the old one is unmounted, and there is nothing left to climb to.
     See man 2 pivot_root. Look: cat /proc/PID/mountinfo
     """
-    before = len(read_kernel_file("/proc/self/mounts").splitlines())
-    if "pivot_root" in container.parts:
-        pivot_root()
-    else:
+    if "pivot_root" not in container.parts:
         tell("chroot .")
         os.chroot(".")
-        os.chdir("/")
-    return before
-
+    else:
+        # The old root comes to lie on top of the new one, so that no directory need be made for it.
+        tell("pivot_root . .")
+        call("pivot_root", ".", ".")
+        unmount(".")
+    os.chdir("/")
+    sys.meta_path = []  # an import would now run the image's own /usr/lib/python3
 
 @step
 def mount_kernel_filesystems(container):
-    """/proc, /sys, /dev: what programs expect to find there
+    """/proc, /sys and /dev, as programs expect them
 
     A new procfs shows the processes of this pid namespace, a new sysfs the interfaces of this
-    network namespace. /dev is a small tmpfs with six devices, one by one; every mount is nodev but
-    those. What would reach the whole machine through /proc and /sys is read-only, or hidden.
-    See man 5 proc, man 5 sysfs, OCI runtime-spec config-linux.md, "Default Filesystems".
+    network namespace. /dev is a small tmpfs; all mounts are nodev, but for six devices one by one.
+    See man 5 proc, man 5 sysfs, OCI runtime-spec config-linux.md. Look: mount, in the container
     """
-    plain = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    mount_at("proc", "/proc", "proc", plain)
-    mount_at("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_STRICTATIME | MS_NODEV, "mode=755,size=65536k")
-    for folder, kind, flags, options in (
+    plain, writable = MS_NOSUID | MS_NODEV | MS_NOEXEC, 0 if container.privileged else MS_RDONLY
+    for target, kind, flags, options in (
+        ("/proc", "proc", plain, ""),
+        ("/dev", "tmpfs", MS_NOSUID | MS_NODEV | MS_STRICTATIME, "mode=755,size=65536k"),
         ("/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
         ("/dev/shm", "tmpfs", plain, "mode=1777,size=65536k"),
         ("/dev/mqueue", "mqueue", plain, ""),
+        ("/sys", "sysfs", plain | writable, ""),
     ):
-        mount_at(kind if kind != "tmpfs" else "shm", folder, kind, flags, options)
-    for name, target in DEVICE_LINKS.items():
+        os.makedirs(target, exist_ok=True)
+        if os.path.islink(target):
+            raise MockerError(f"the image's {target} is a symlink: nothing can be mounted there")
+        mount("shm" if target == "/dev/shm" else kind, target, kind, flags, options)
+    for name, target in LINKS.items():
         os.symlink(target, f"/dev/{name}")
-    mount_at("sysfs", "/sys", "sysfs", plain | MS_RDONLY)
-    mount_cgroups(container)
-
-
-def mount_at(source, target, kind, flags, options=""):
-    """Mount at a directory of the image, made if it is missing; a symlink there is refused, as by runc."""
-    os.makedirs(target, exist_ok=True)
-    if os.path.islink(target):
-        raise MockerError(f"the image's {target} is a symlink: nothing can be mounted there")
-    mount(source, target, kind, flags, options)
-
+    mount_cgroups(container, plain, writable)
 
 @step
-def attach_parcels(container, parcels):
-    """Put what was carried in where it belongs
+def unpack_parcels(container, parcels):
+    """Put what was picked up where it belongs
 
     Devices into /dev, volumes where -v says, and hosts, hostname and resolv.conf over the image's.
-    The places are looked up now, in the new root: a symlink of the image can't lead out of it.
+    The places are looked up in the new root, so that no symlink of the image can lead out of it.
     See man 2 move_mount.
     """
     for handle, source, target, read_only in parcels:
-        make_mount_point(target, os.fstat(handle))
-        move_mount(handle, target, source)
+        if not os.path.exists(target):
+            directory = stat.S_ISDIR(os.fstat(handle).st_mode)
+            os.makedirs(target if directory else os.path.dirname(target), exist_ok=True)
+            if not directory:
+                os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
+        tell(f"mount --bind {shlex.quote(source)} {shlex.quote(target)}")
+        call("move_mount", handle, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH, what=target)
+        os.close(handle)
         if not target.startswith("/dev/"):
-            mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NODEV | (MS_RDONLY if read_only else 0))
+            mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY * read_only)
     if container.read_only:
         mount("none", "/", "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY)
-
-
-def make_mount_point(target, status):
-    """An empty file or directory to mount on, unless there is something."""
-    if os.path.exists(target):
-        return
-    os.makedirs(target if is_directory(status) else os.path.dirname(target), exist_ok=True)
-    if not is_directory(status):
-        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
-
-
-MASKED = ("/proc/asound /proc/acpi /proc/kcore /proc/keys /proc/latency_stats /proc/timer_list /proc/timer_stats "
-          "/proc/sched_debug /proc/scsi /sys/firmware /sys/devices/virtual/powercap").split()  # fmt: skip
-READ_ONLY = "/proc/bus /proc/fs /proc/irq /proc/sys /proc/sysrq-trigger".split()
-
 
 @step(part="mask")
 def mask_paths(container):
     """Masks: hide what /proc and /sys tell about the machine
 
-    procfs and sysfs are only partly cut by namespaces: kernel settings, interrupts, keys are the
-    whole machine's. What would change the machine is bound over itself read-only; what would tell
-    too much is covered by /dev/null, or by an empty directory.
-    See OCI runtime-spec config-linux.md, "Masked Paths". Look: mount, in the container
+    Namespaces cut procfs and sysfs only in part: settings, interrupts, keys are the whole machine's.
+    What could change the machine is bound over itself read-only; what tells too much is covered.
+    See OCI runtime-spec config-linux.md, "Masked Paths".
     """
-    if container.privileged:
-        return
-    for path in READ_ONLY:
-        if os.path.exists(path):
-            bind_mount(path, path, MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY)
-    for path in MASKED:
+    for path in () if container.privileged else filter(os.path.exists, READ_ONLY):
+        mount(path, path, "", MS_BIND | MS_REC)
+        mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    for path in () if container.privileged else filter(os.path.exists, MASKED):
         if os.path.isdir(path):
-            mount("tmpfs", path, "tmpfs", MS_RDONLY, "")
-        elif os.path.exists(path):
+            mount("tmpfs", path, "tmpfs", MS_RDONLY)
+        else:
             mount("/dev/null", path, "", MS_BIND)
 
-
-ETC_FILES = ("hosts", "hostname", "resolv.conf")
-
-
-def host_devices():
-    """With --privileged: every device of the host."""
-    import stat
-
-    return [entry.name for entry in os.scandir("/dev")
-            if stat.S_ISCHR(entry.stat(follow_symlinks=False).st_mode) or stat.S_ISBLK(entry.stat(follow_symlinks=False).st_mode)]  # fmt: skip
-
-
 def write_etc(container):
-    """hosts, hostname and resolv.conf, as docker writes them; mounted over the image's."""
+    """hosts, hostname and resolv.conf, as docker writes them, to be mounted over the image's."""
     hosts = ("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n"
-             "ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")  # fmt: skip
-    if container.address:
-        hosts += f"{container.address}\t{container.hostname}\n"
-    for name, text in (("hosts", hosts), ("hostname", container.hostname + "\n"), ("resolv.conf", name_servers(container))):
+             "ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
+    resolver = read_kernel_file("/etc/resolv.conf")
+    if container.network == "host":
+        hosts = read_kernel_file("/etc/hosts") + "\n"
+    else:
+        hosts += f"{container.address}\t{container.hostname}\n" if container.address else ""
+        loopback = r"^\s*nameserver\s+(127\.|::1).*\n?"  # the host's own, as systemd-resolved: not to be reached
+        if re.search(loopback, resolver, re.M):
+            resolver = read_kernel_file("/run/systemd/resolve/resolv.conf") or re.sub(loopback, "", resolver, flags=re.M)
+        if "nameserver" not in resolver:
+            resolver += "\nnameserver 8.8.8.8\nnameserver 8.8.4.4"
+    for name, text in zip(ETC_FILES, (hosts, container.hostname + "\n", resolver.strip() + "\n")):
         with open(f"{container.directory}/{name}", "w") as file:
             file.write(text)
 
-
-def name_servers(container):
-    """The host's resolv.conf; a name server on the host's loopback can't be reached from inside."""
-    for path in "/etc/resolv.conf", "/run/systemd/resolve/resolv.conf":
-        text = read_kernel_file(path)
-        lines = [line for line in text.splitlines() if not re.match(r"\s*nameserver\s+(127\.|::1)", line)]
-        if container.network == "host" or any(line.startswith("nameserver") for line in lines):
-            return "\n".join(text.splitlines() if container.network == "host" else lines) + "\n"
-    return "\n".join([line for line in lines if line] + ["nameserver 8.8.8.8", "nameserver 8.8.4.4"]) + "\n"
-
-
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  Its network: bridge, veth pair, address, route, NAT
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #
-#   the host                                          the container
+#   the host                                         the container
 #   eth0 ── NAT ── mocker0 10.0.0.1 ── veth0_1a2b3c4d ═══ veth1 10.0.0.3, default via 10.0.0.1
 
 BRIDGE = "mocker0"
 SUBNETS = ["10.0.0"] + [f"10.0.{n}" for n in range(1, 8)] + [f"172.30.{n}" for n in range(8)] + ["192.168.213"]
-NETNS_DIRECTORY = "/run/netns"  # where ip-netns(8) looks for named namespaces
-
-
-def netns_path(id):
-    return f"{NETNS_DIRECTORY}/mocker_{id}"
-
+NETNS = "/run/netns"  # where ip-netns(8) finds namespaces by name
+# As docker sets them for a container: it may ping, bind any port, and has no IPv6.
+NET_SYSCTLS = {"ipv4/ping_group_range": "0 2147483647", "ipv4/ip_unprivileged_port_start": "0",
+               "ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1"}
 
 class Netlink:
-    """A conversation with the kernel about interfaces, addresses and routes (man 7 rtnetlink)."""
+    """A conversation with the kernel about links, addresses and routes: man 7 rtnetlink."""
 
-    NEW_LINK, DELETE_LINK, SET_LINK, NEW_ADDRESS, NEW_ROUTE = 16, 17, 19, 20, 24
-    REQUEST, ACKNOWLEDGE, CREATE_ONLY = 0x1, 0x4, 0x600
+    NEW_LINK, DELETE_LINK, NEW_ADDRESS, NEW_ROUTE = 16, 17, 20, 24
+    REQUEST, ACKNOWLEDGE, CREATE, EXCLUSIVE = 0x1, 0x4, 0x400, 0x200
 
     def __init__(self):
-        """The socket belongs to the network namespace that we are in now, and stays there."""
+        """The socket belongs to the network namespace in which it is made, and stays there."""
         import importlib.util
         import socket
         import types
 
         if "pyroute2" not in sys.modules:
-            # pyroute2's package imports all that it has, which takes longer than a container to
-            # start; we need only its messages, so its parts get an empty package to live in.
+            # pyroute2 imports all that it has, which takes longer than a container to start; we
+            # need its messages alone, and give them an empty package to live in.
             spec = importlib.util.find_spec("pyroute2")
-            sys.modules["pyroute2"] = package = types.ModuleType("pyroute2")
+            if spec is None:
+                raise ModuleNotFoundError("pyroute2", name="pyroute2")
+            package = sys.modules["pyroute2"] = types.ModuleType("pyroute2")
             package.__path__ = spec.submodule_search_locations
         from pyroute2.netlink.rtnl import ifaddrmsg, ifinfmsg, rtmsg
 
-        self.link_message, self.address_message, self.route_message = ifinfmsg.ifinfmsg, ifaddrmsg.ifaddrmsg, rtmsg.rtmsg
+        self.link, self.address, self.route = ifinfmsg.ifinfmsg, ifaddrmsg.ifaddrmsg, rtmsg.rtmsg
+        self.index_of = socket.if_nametoindex
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         self.socket.bind((0, 0))
 
-    def ask(self, command, message, kind, flags, attributes, fields=()):
-        """One request, and the kernel's acknowledgement; its refusal becomes a MockerError."""
+    def ask(self, command, message, kind, mode, attributes, **fields):
+        """One request, and the kernel's answer to it: done, or a MockerError."""
         tell(command)
         request = message()
-        request["header"] = {"type": kind, "flags": self.REQUEST | self.ACKNOWLEDGE | flags, "sequence_number": 1, "pid": 0}
-        for name, value in dict(fields, attrs=attributes).items():
+        request["header"] = {"type": kind, "flags": self.REQUEST | self.ACKNOWLEDGE | mode, "sequence_number": 1, "pid": 0}
+        for name, value in {**fields, "attrs": attributes}.items():
             request[name] = value
         request.encode()
         self.socket.send(request.data)
@@ -2000,309 +1589,214 @@ class Netlink:
         if number:
             raise MockerError(f"{command}: {os.strerror(-number)}", number=-number)
 
-    def add_bridge(self, name, address):
-        """A switch in software. With a MAC address of its own: else it takes the lowest of its ports',
-        and changes it when a container comes or goes, under the eyes of those that know the old one."""
-        self.ask(f"ip link add {name} address {address} type bridge", self.link_message, self.NEW_LINK, self.CREATE_ONLY,
-                 [("IFLA_IFNAME", name), ("IFLA_ADDRESS", address), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "bridge")]})])  # fmt: skip
+    def create_link(self, command, name, *attributes):
+        self.ask(command, self.link, self.NEW_LINK, self.CREATE | self.EXCLUSIVE, [("IFLA_IFNAME", name), *attributes])
+
+    def add_bridge(self, name, mac):
+        """A switch in software. Without a MAC of its own it would take one of its ports', and change it
+        when that port goes, under the eyes of those who know it."""
+        self.create_link(f"ip link add {name} address {mac} type bridge", name, ("IFLA_ADDRESS", mac),
+                         ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "bridge")]}))
 
     def add_veth(self, name, peer, netns, handle):
-        """Two interfaces with a wire between them: what enters one leaves the other (man 4 veth)."""
-        peer_end = {"attrs": [("IFLA_IFNAME", peer), ("IFLA_NET_NS_FD", handle)]}
-        pair = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer_end)]})]}
-        self.ask(f"ip link add {name} type veth peer name {peer} netns {netns}", self.link_message, self.NEW_LINK,
-                 self.CREATE_ONLY, [("IFLA_IFNAME", name), ("IFLA_LINKINFO", pair)])  # fmt: skip
+        """Two interfaces with a wire between them: what goes in here comes out there (man 4 veth)."""
+        there = {"attrs": [("IFLA_IFNAME", peer), ("IFLA_NET_NS_FD", handle)]}
+        pair = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", there)]})]}
+        self.create_link(f"ip link add {name} type veth peer name {peer} netns {netns}", name, ("IFLA_LINKINFO", pair))
 
     def set_up(self, name, master=None):
-        import socket
+        attributes = [("IFLA_IFNAME", name)] + ([("IFLA_MASTER", self.index_of(master))] if master else [])
+        self.ask(f"ip link set {name} {f'master {master} ' if master else ''}up", self.link, self.NEW_LINK, 0, attributes,
+                 flags=1, change=1)
 
-        more = [("IFLA_MASTER", socket.if_nametoindex(master))] if master else []
-        self.ask(f"ip link set {name} {f'master {master} ' if master else ''}up", self.link_message, self.NEW_LINK, 0,
-                 [("IFLA_IFNAME", name), *more], fields={"flags": 1, "change": 1})  # fmt: skip
-
-    def add_address(self, name, address, length=24):
-        """Asked from inside the interface's namespace: its index is looked up there."""
-        import socket
-
-        index = socket.if_nametoindex(name)
-        self.ask(f"ip address add {address}/{length} dev {name}", self.address_message, self.NEW_ADDRESS, self.CREATE_ONLY,
-                 [("IFA_LOCAL", address), ("IFA_ADDRESS", address)], {"family": 2, "prefixlen": length, "index": index})  # fmt: skip
+    def add_address(self, name, address):
+        self.ask(f"ip address add {address}/24 dev {name}", self.address, self.NEW_ADDRESS, self.CREATE | self.EXCLUSIVE,
+                 [("IFA_LOCAL", address), ("IFA_ADDRESS", address)], family=2, prefixlen=24, index=self.index_of(name))
 
     def add_default_route(self, gateway):
-        self.ask(f"ip route add default via {gateway}", self.route_message, self.NEW_ROUTE, self.CREATE_ONLY,
-                 [("RTA_GATEWAY", gateway)], {"family": 2, "table": 254, "proto": 3, "type": 1})  # fmt: skip
+        self.ask(f"ip route add default via {gateway}", self.route, self.NEW_ROUTE, self.CREATE | self.EXCLUSIVE,
+                 [("RTA_GATEWAY", gateway)], family=2, table=254, proto=3, type=1)
 
     def delete_link(self, name):
-        self.ask(f"ip link delete {name}", self.link_message, self.DELETE_LINK, 0, [("IFLA_IFNAME", name)])
-
-
-@contextlib.contextmanager
-def inside_netns(handle):
-    """Be in a network namespace for a moment. A socket made there stays there."""
-    host = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        enter_namespace(handle, CLONE_NEWNET)
-        yield
-    finally:
-        enter_namespace(host, CLONE_NEWNET)
-        os.close(host)
-
-
-def host_networks():
-    """(network, mask) of every route of this machine but the default one, as numbers."""
-    rows = [line.split() for line in read_kernel_file("/proc/net/route").splitlines()[1:]]
-    routes = [(row[0], socket_order(row[1]), socket_order(row[7])) for row in rows]
-    return [(network, mask) for interface, network, mask in routes if mask and interface != BRIDGE]
-
-
-def socket_order(hexadecimal):
-    """/proc/net/route shows addresses as the kernel keeps them, 0001000A for 10.0.1.0 on x86."""
-    return struct.unpack("!I", struct.pack("=I", int(hexadecimal, 16)))[0]
-
-
-def to_number(address):
-    """10.0.0.1 → 167772161"""
-    return struct.unpack("!I", bytes(int(part) for part in address.split(".")))[0]
-
-
-def choose_subnet():
-    """10.0.0 (of 10.0.0.0/24), or the next that no route of this machine overlaps."""
-    taken = host_networks()
-    for subnet in SUBNETS:
-        first = to_number(f"{subnet}.0")
-        if not any(first & mask == network or network & 0xFFFFFF00 == first for network, mask in taken):
-            return subnet
-    raise MockerError(f"no free subnet: {', '.join(SUBNETS)} are all in use here; leave the network out: --network=none")
-
+        self.ask(f"ip link delete {name}", self.link, self.DELETE_LINK, 0, [("IFLA_IFNAME", name)])
 
 @step(part="net")
 def create_network(container, undo):
     """Network: a namespace, and a wire into it
 
-    The container gets a network namespace: interfaces, routes and firewall of its own, at first
-    none but a loopback that is down. A veth pair is a wire with two ends: veth0 stays here, on the
-    bridge mocker0; veth1 goes in, and gets an address and a default route. NAT lets the
-    container's traffic out under this machine's address.
+    A network namespace has interfaces, routes and a firewall of its own, at first only a loopback
+    that is down. A veth pair is a wire with two ends: veth0 stays here, on the bridge mocker0;
+    veth1 goes in, and gets an address and a default route. NAT lets what the container sends leave
+    under this machine's address.
     See man 7 network_namespaces, man 4 veth. Look: ip netns; ip -n NAME address; bridge link
     """
     if container.network != "bridge":
         return
-    id = container.id
+    id, host = container.id, Netlink()
     undo.callback(delete_network, id)
-    container.netns = create_netns(id)
-    with locked(SHARED):
-        subnet = create_bridge()
-        container.address, container.gateway = free_address(subnet), f"{subnet}.1"
-        note_container(container)
-    netlink = Netlink()
-    netlink.add_veth(f"veth0_{id}", "veth1", f"mocker_{id}", container.netns)
-    netlink.set_up(f"veth0_{id}", master=BRIDGE)
-    with inside_netns(container.netns):
+    with coming_back("net", CLONE_NEWNET):
+        create_netns(id)
         inside = Netlink()
+        container.netns = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    with locked(SHARED):
+        subnet = create_bridge(host)
+        taken = {state["address"] for state in running_containers().values()}
+        free = [f"{subnet}.{n}" for n in range(3, 255) if f"{subnet}.{n}" not in taken]
+        if not free:
+            raise MockerError(f"all addresses of {subnet}.0/24 are in use: stop a container, or run with --network=none")
+        container.address, container.gateway = free[0], f"{subnet}.1"
+        note_container(container)
+    host.add_veth(f"veth0_{id}", "veth1", f"mocker_{id}", container.netns)
+    host.set_up(f"veth0_{id}", master=BRIDGE)
+    with coming_back("net", CLONE_NEWNET):
+        call("setns", container.netns, CLONE_NEWNET)
         inside.add_address("veth1", container.address)
         inside.set_up("veth1")
         inside.add_default_route(container.gateway)
         prove(f"ip netns exec mocker_{id} cat /proc/net/route", read_kernel_file("/proc/thread-self/net/route"))
     publish_ports(container, undo)
 
-
-@step(part="net")
-def join_network(container):
-    """Join the network namespace
-
-    setns(2) takes an open file that stands for a namespace, here the one that has a name; with
-    --network=none it is a new one, of which nobody else knows.
-    See man 2 setns. Look: ip netns identify PID
-    """
-    if container.network == "none":
-        unshare(CLONE_NEWNET, ["net"])
-        set_up_loopback()
-    elif container.network == "bridge":
-        tell(f"nsenter --net={netns_path(container.id)}")
-        enter_namespace(container.netns, CLONE_NEWNET)
-    prove("cat /proc/net/dev", interface_names())
-
-
-def interface_names():
-    return "\n".join(line.split(":")[0].strip() for line in read_kernel_file("/proc/thread-self/net/dev").splitlines()[2:])
-
+def create_netns(id):
+    """Move into a new one, and give it a name by mounting it on a file: else it would go with us."""
+    before = os.readlink("/proc/thread-self/ns/net")
+    os.makedirs(NETNS, exist_ok=True)
+    os.close(os.open(f"{NETNS}/mocker_{id}", os.O_CREAT | os.O_EXCL, 0o444))
+    tell(f"ip netns add mocker_{id}")
+    call("unshare", CLONE_NEWNET, what="unshare net")
+    call("mount", "/proc/thread-self/ns/net", f"{NETNS}/mocker_{id}", "", MS_BIND, "", what=f"mount {NETNS}/mocker_{id}")
+    prove("readlink /proc/self/ns/net, before and after", f"{before}\n{os.readlink('/proc/thread-self/ns/net')}")
+    set_up_loopback()
 
 def set_up_loopback():
-    """By the old ioctl(2), which needs no library (man 7 netdevice)."""
+    """By an old ioctl(2), which takes no library (man 7 netdevice); and docker's settings."""
     import socket
 
     SIOCSIFFLAGS, IFF_UP = 0x8914, 1
     tell("ip link set lo up")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+    for name, value in NET_SYSCTLS.items():
+        if os.path.exists(f"/proc/sys/net/{name}"):
+            write_kernel_file(f"/proc/sys/net/{name}", value)
 
+@step(part="net")
+def join_network(container):
+    """Join the network namespace
 
-def create_netns(id):
-    """Make it, and give it a name by mounting it on a file: without processes it would be gone."""
-    path = netns_path(id)
-    os.makedirs(NETNS_DIRECTORY, exist_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o444))
-    host = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    before = os.readlink("/proc/thread-self/ns/net")
-    tell(f"ip netns add mocker_{id}")
-    call("unshare net", "unshare", CLONE_NEWNET)
-    try:
-        call("mount", "mount", "/proc/thread-self/ns/net", path, "", MS_BIND, "")
-        prove("readlink /proc/self/ns/net, on the host and in there", f"{before}\n{os.readlink('/proc/thread-self/ns/net')}")
+    setns(2) takes an open file that stands for a namespace: here the one that has a name. With
+    --network=none it is a new one instead, of which nobody else knows.
+    See man 2 setns. Look: ip netns identify PID
+    """
+    if container.network == "none":
+        unshare(CLONE_NEWNET, ["net"])
         set_up_loopback()
-        for name, value in NET_SYSCTLS:
-            with contextlib.suppress(MockerError):
-                write_kernel_file(f"/proc/sys/net/{name}", value)
-    finally:
-        enter_namespace(host, CLONE_NEWNET)
-        os.close(host)
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    elif container.network == "bridge":
+        tell(f"nsenter --net={NETNS}/mocker_{container.id}")
+        call("setns", container.netns, CLONE_NEWNET)
+    interfaces = read_kernel_file("/proc/thread-self/net/dev").splitlines()[2:]
+    prove("cut -d: -f1 /proc/net/dev", " ".join(line.split(":")[0].strip() for line in interfaces))
 
+def choose_subnet():
+    """10.0.0, or the next that no route of this machine overlaps but the default one."""
+    taken = []
+    for line in read_kernel_file("/proc/net/route").splitlines()[1:]:
+        # Addresses as the kernel keeps them: 10.0.1.0 is 0001000A on a little-endian machine.
+        _, network, _, _, _, _, _, mask, *_ = line.split()
+        taken.append([struct.unpack("!I", struct.pack("=I", int(text, 16)))[0] for text in (network, mask)])
+    for subnet in SUBNETS:
+        (first,) = struct.unpack("!I", bytes(map(int, f"{subnet}.0".split("."))))
+        if not any(mask and (first & mask == network or network & 0xFFFFFF00 == first) for network, mask in taken):
+            return subnet
+    raise MockerError(f"no free subnet: {', '.join(SUBNETS)} are all in use here: run with --network=none")
 
-NET_SYSCTLS = (("ipv4/ping_group_range", "0 2147483647"), ("ipv4/ip_unprivileged_port_start", "0"),
-               ("ipv6/conf/all/disable_ipv6", "1"), ("ipv6/conf/default/disable_ipv6", "1"))  # fmt: skip
-
-
-def create_bridge():
-    """mocker0, its address, forwarding, NAT: made for the first container, used by all. → 10.0.0"""
-    state = shared_state()
-    if state["subnet"] and os.path.isdir(f"/sys/class/net/{BRIDGE}"):
-        return state["subnet"]
+def create_bridge(netlink):
+    """mocker0 with its address, forwarding and NAT: made for the first container, used by all. → 10.0.0"""
+    subnet = shared_state()["subnet"]
+    if subnet and os.path.isdir(f"/sys/class/net/{BRIDGE}"):
+        return subnet
     subnet = choose_subnet()
     if subnet != SUBNETS[0]:
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
-    remember(subnet=subnet)
-    delete_bridge()
-    netlink = Netlink()
-    mac = "02:42:" + ":".join(f"{int(part):02x}" for part in f"{subnet}.1".split("."))
-    netlink.add_bridge(BRIDGE, mac)
+    forward = "/proc/sys/net/ipv4/ip_forward"
+    shared_state(subnet=subnet, files={forward: read_kernel_file(forward)})
+    netlink.add_bridge(BRIDGE, "02:42:" + ":".join(f"{int(part):02x}" for part in f"{subnet}.1".split(".")))
     netlink.add_address(BRIDGE, f"{subnet}.1")
     netlink.set_up(BRIDGE)
-    set_shared("/proc/sys/net/ipv4/ip_forward", "1")
-    create_nat(subnet)
+    write_kernel_file(forward, "1")
+    # What leaves the bridge goes out under the host's address, or the answers would not find back.
+    rules = [("postrouting", f'ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
+              f"-s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")]
+    if not add_rules("mocker", rules):
+        say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
     return subnet
 
-
-def free_address(subnet):
-    """10.0.0.3 for the first container; then the next that no other has."""
-    taken = {state.get("address") for state in running_containers().values()}
-    for last in range(3, 255):
-        if f"{subnet}.{last}" not in taken:
-            return f"{subnet}.{last}"
-    raise MockerError(f"all addresses of {subnet}.0/24 are in use: stop a container, or use --network=none")
-
-
 def delete_network(id):
-    """The namespace; the veth pair goes with it. Nothing happens if they are gone already."""
-    if os.path.exists(netns_path(id)):
-        if os.path.isdir(f"/sys/class/net/veth0_{id}"):
-            Netlink().delete_link(f"veth0_{id}")  # at once, instead of when the kernel gets round to it
-        tell(f"ip netns delete mocker_{id}")
+    """Its namespace, its wire, its ports. What is gone already is no error."""
+    if os.path.isdir(f"/sys/class/net/veth0_{id}"):
+        Netlink().delete_link(f"veth0_{id}")  # now, and not when the kernel gets round to it
+    if os.path.exists(f"{NETNS}/mocker_{id}"):
         with contextlib.suppress(MockerError):
-            call("umount", "umount2", netns_path(id), MNT_DETACH)
-        os.unlink(netns_path(id))
-    with contextlib.suppress(OSError):
-        os.rmdir(NETNS_DIRECTORY)
+            unmount(f"{NETNS}/mocker_{id}")
+        os.unlink(f"{NETNS}/mocker_{id}")
+        with contextlib.suppress(OSError):
+            os.rmdir(NETNS)
 
+# ── The firewall: nft(8), or iptables(8) where it is missing ─────────────────────────────────────
 
-def delete_bridge():
-    if os.path.isdir(f"/sys/class/net/{BRIDGE}"):
-        delete_nat()
-        Netlink().delete_link(BRIDGE)
+def add_rules(table, rules):
+    """Add (chain, rule for nft, the same for iptables) to the NAT, under a name. → did it work?"""
+    hooks = {"prerouting": "prerouting priority -100", "output": "output priority -100",
+             "postrouting": "postrouting priority 100"}
+    chains = "".join(f"chain {chain} {{ type nat hook {hooks[chain]}; "
+                     + "".join(f"{rule}; " for hook, rule, _ in rules if hook == chain) + "}; "
+                     for chain in dict.fromkeys(chain for chain, _, _ in rules))
+    if run_tool(["nft", "-f", "-"], f"table ip {table} {{ {chains}}}") is None:
+        mark = ["-m", "comment", "--comment", table]
+        for chain, _, rule in rules:
+            if run_tool(["iptables", "-w", "-t", "nat", "-A", chain.upper(), *rule.split(), *mark]) is None:
+                return False
+    if table == "mocker" and "policy drop" in (run_tool(["nft", "list", "chain", "ip", "filter", "FORWARD"]) or ""):
+        for direction in "-i", "-o":  # Docker is here, and forwards nothing but its own
+            run_tool(["iptables", "-w", "-I", "FORWARD", direction, BRIDGE, "-j", "ACCEPT", "-m", "comment", "--comment", table])
+    return True
 
-
-# ── The firewall: NAT, and published ports. nft(8), or iptables(8) where there is none ──────────
-
-
-def run_tool(command, text=None):
-    """Run nft or iptables → its output, or None if it is not there or refuses."""
-    tell(f"{command}" + (f" <<< {shlex.quote(text)}" if text else ""))
-    try:
-        done = subprocess.run(shlex.split(command), input=text, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-def create_nat(subnet):
-    """Traffic that leaves the bridge goes out under the host's own address, or answers can't find back."""
-    rule = f'ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade'
-    made = run_tool("nft -f -", f"table ip mocker {{ chain postrouting {{ type nat hook postrouting priority 100; {rule}; }}; }}")
-    if made is None:
-        made = run_tool(f"iptables -w -t nat -A POSTROUTING -s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")
-    if made is None:
-        say("no NAT here: neither nft nor iptables works; the container reaches this machine, but no further")
-    if "policy drop" in (run_tool("nft list chain ip filter FORWARD") or ""):  # Docker runs here
-        for direction in "-i", "-o":
-            run_tool(f"iptables -w -I FORWARD {direction} {BRIDGE} -j ACCEPT")
-
+def delete_rules(table):
+    run_tool(["nft", "delete", "table", "ip", table])
+    for kind in "nat", "filter":
+        if table == "mocker" or kind == "nat":
+            for rule in (run_tool(["iptables", "-w", "-t", kind, "-S"]) or "").splitlines():
+                if re.search(rf"--comment {table}\b", rule):
+                    run_tool(["iptables", "-w", "-t", kind, "-D", *shlex.split(rule)[1:]])
 
 def publish_ports(container, undo):
-    """-p: what arrives at a port of this machine is sent on to the container's, and back (DNAT)."""
+    """-p: what arrives at a port of this machine is sent on to the container, and the answers back."""
     import socket
 
-    for address, host_port, port, protocol in container.ports:
+    rules = []
+    for address, outer, inner, protocol in container.ports:
         kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
-        holder = undo.enter_context(socket.socket(socket.AF_INET, kind))  # keeps the port from others
+        holder = undo.enter_context(socket.socket(socket.AF_INET, kind))  # holds the port against others
         try:
-            holder.bind((address, host_port))
-            if protocol == "tcp":
-                holder.listen(1)
+            holder.bind((address, outer))
+            holder.listen(1) if protocol == "tcp" else None
         except OSError as error:
-            raise MockerError(f"port {address}:{host_port} can't be published: {error.strerror}; choose another") from None
-        # A packet from 127.0.0.1 may leave by the bridge only if the bridge says so.
+            raise MockerError(f"port {address}:{outer} can't be published ({error.strerror}): choose another") from None
+        nft, iptables = f"ip daddr {address}", f"-d {address}"
+        if address == "0.0.0.0":
+            nft, iptables = "fib daddr type local", "-m addrtype --dst-type LOCAL"
+        target = f"{container.address}:{inner}"
+        rules += [(chain, f"{nft} {protocol} dport {outer} dnat to {target}",
+                   f"{iptables} -p {protocol} --dport {outer} -j DNAT --to-destination {target}")
+                  for chain in ("prerouting", "output")]
+    for source in ("127.0.0.0/8", f"{container.gateway}/24") if rules else ():  # this machine, and a neighbour
+        rules.append(("postrouting", f'oifname "{BRIDGE}" ct status dnat ip saddr {source} ip daddr {container.address} masquerade',
+                      f"-o {BRIDGE} -m conntrack --ctstate DNAT -s {source} -d {container.address} -j MASQUERADE"))
+    if rules:
+        # From 127.0.0.1 a packet may leave by the bridge only if the bridge says so.
         write_kernel_file(f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", "1")
-    if container.ports:
-        undo.callback(unpublish_ports, container.id)
-    if container.ports and run_tool("nft -f -", nft_ports(container)) is None:
-        for rule in iptables_ports(container):
-            if run_tool(f"iptables -w -t nat -A {rule}") is None:
-                raise MockerError("ports can't be published: neither nft nor iptables works here; install nftables")
-
-
-def nft_ports(container):
-    """A table of the container's own, which goes with it."""
-    chains = {"prerouting": ["type nat hook prerouting priority -100;"], "output": ["type nat hook output priority -100;"],
-              "postrouting": ["type nat hook postrouting priority 100;"]}  # fmt: skip
-    for address, host_port, port, protocol in container.ports:
-        where = "fib daddr type local" if address == "0.0.0.0" else f"ip daddr {address}"
-        for hook in "prerouting", "output":
-            chains[hook].append(f"{where} {protocol} dport {host_port} dnat to {container.address}:{port};")
-    # The answer must come back through here, also to this machine itself and to a neighbour.
-    mine = f"ip saddr {{ 127.0.0.0/8, {container.gateway}/24 }} ip daddr {container.address}"
-    chains["postrouting"].append(f'oifname "{BRIDGE}" ct status dnat {mine} masquerade;')
-    return f"table ip mocker_{container.id} {{ {' '.join(f'chain {name} {{ {chr(32).join(rules)} }};' for name, rules in chains.items())} }}"
-
-
-def iptables_ports(container):
-    """The same in iptables' words; the comment tells later whose they are."""
-    mark = f"-m comment --comment mocker_{container.id}"
-    for address, host_port, port, protocol in container.ports:
-        where = "-m addrtype --dst-type LOCAL" if address == "0.0.0.0" else f"-d {address}"
-        for chain in "PREROUTING", "OUTPUT":
-            yield (f"{chain} {where} -p {protocol} --dport {host_port} {mark} "
-                   f"-j DNAT --to-destination {container.address}:{port}")  # fmt: skip
-    for source in "127.0.0.0/8", f"{container.gateway}/24":
-        yield f"POSTROUTING -s {source} -d {container.address} -o {BRIDGE} -m conntrack --ctstate DNAT {mark} -j MASQUERADE"
-
-
-def unpublish_ports(id):
-    if run_tool(f"nft delete table ip mocker_{id}") is None:
-        rules = (run_tool("iptables -w -t nat -S") or "").splitlines()
-        for rule in rules:
-            if f"--comment mocker_{id} " in rule:
-                run_tool(f"iptables -w -t nat -D {rule[len('-A ') :]}")
-
-
-def delete_nat():
-    """What create_nat made, whichever way it was."""
-    subnet = shared_state()["subnet"]
-    if run_tool("nft delete table ip mocker") is None:
-        run_tool(f"iptables -w -t nat -D POSTROUTING -s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")
-    if "policy drop" in (run_tool("nft list chain ip filter FORWARD") or ""):
-        for direction in "-i", "-o":
-            run_tool(f"iptables -w -D FORWARD {direction} {BRIDGE} -j ACCEPT")
-
+        undo.callback(delete_rules, f"mocker_{container.id}")
+        if not add_rules(f"mocker_{container.id}", rules):
+            raise MockerError("ports can't be published, since neither nft nor iptables works here: install nftables")
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 #  Its cgroup: how much it may use
@@ -2313,14 +1807,12 @@ def delete_nat():
 
 CGROUP = "/sys/fs/cgroup"
 
-
 def cgroup_version():
     """2 if the unified tree is mounted there, 1 for a tree of controllers, 0 for none."""
     kinds = dict(line.split()[1:3] for line in read_kernel_file("/proc/self/mounts").splitlines())
     if kinds.get(CGROUP) == "cgroup2":
         return 2
     return 1 if kinds.get(f"{CGROUP}/memory") == "cgroup" else 0
-
 
 def limits_of(container, version):
     """The limits asked for → file name and text, as this cgroup version spells them."""
@@ -2333,7 +1825,6 @@ def limits_of(container, version):
         wanted = {"memory.memsw.limit_in_bytes": memory and 2 * memory, "pids.max": pids,
                   "cpu.cfs_quota_us": cpus and int(cpus * period)}  # fmt: skip
     return {name: str(value) for name, value in wanted.items() if value is not None}
-
 
 @step(part="cgroup")
 def create_cgroup(container, undo):
@@ -2361,12 +1852,11 @@ def create_cgroup(container, undo):
             if name not in ("memory.swap.max", "memory.memsw.limit_in_bytes"):  # without swap there is none to limit
                 raise MockerError(f"this machine's cgroups have no {name}: enable the controller, or leave the limit out")
 
-
 def create_cgroup_v2(container):
     """/sys/fs/cgroup/mocker/<id>. A parent must pass each controller on (man 7 cgroups, "subtree_control")."""
     parent, own = f"{CGROUP}/mocker", f"{CGROUP}/mocker/{container.id}"
     if not os.path.isdir(parent):
-        remember(directory=parent)
+        shared_state(directories=[parent])
         tell(f"mkdir {parent}")
         os.mkdir(parent)
     for directory in CGROUP, parent:
@@ -2375,7 +1865,6 @@ def create_cgroup_v2(container):
     os.mkdir(own)
     return [own]
 
-
 def enable_controllers(directory):
     """Write +memory +pids +cpu, as far as they are there, into a directory's subtree_control."""
     path = f"{directory}/cgroup.subtree_control"
@@ -2383,7 +1872,7 @@ def enable_controllers(directory):
     missing = [c for c in ("memory", "pids", "cpu") if c in there and c not in read_kernel_file(path).split()]
     if not missing:
         return
-    remember(path=path, value=" ".join(f"-{controller}" for controller in missing))
+    shared_state(files={path: " ".join(f"-{controller}" for controller in missing)})
     try:
         write_kernel_file(path, " ".join(f"+{controller}" for controller in missing))
     except MockerError as error:
@@ -2393,16 +1882,11 @@ def enable_controllers(directory):
         # is such a one: its processes move aside, as Docker's own docker-in-docker does it.
         aside = f"{CGROUP}/mocker_aside"
         os.makedirs(aside, exist_ok=True)
-        remember(directory=aside)
-        move_processes(directory, aside)
+        shared_state(directories=[aside])
+        for pid in read_kernel_file(f"{directory}/cgroup.procs").split():
+            with contextlib.suppress(MockerError):
+                write_kernel_file(f"{aside}/cgroup.procs", pid)
         write_kernel_file(path, " ".join(f"+{controller}" for controller in missing))
-
-
-def move_processes(source, target):
-    for pid in read_kernel_file(f"{source}/cgroup.procs").split():
-        with contextlib.suppress(MockerError):
-            write_kernel_file(f"{target}/cgroup.procs", pid)
-
 
 def create_cgroup_v1(container):
     """The `cgroups` package does memory and cpu; pids and the rest are made beside them."""
@@ -2414,7 +1898,7 @@ def create_cgroup_v1(container):
     hierarchies = [f"{CGROUP}/{name}" for name in os.listdir(CGROUP) if os.path.isdir(f"{CGROUP}/{name}")]
     for directory in hierarchies:  # the package makes a directory in every one, and leaves it
         if not os.path.isdir(f"{directory}/root"):
-            remember(directory=f"{directory}/root")
+            shared_state(directories=[f"{directory}/root"])
     tell(f"mkdir {CGROUP}/memory/root/mocker_{container.id} {CGROUP}/cpu/root/mocker_{container.id}")
     group = cgroups.Cgroup(f"mocker_{container.id}", user="root")
     if container.memory:
@@ -2425,11 +1909,9 @@ def create_cgroup_v1(container):
         os.makedirs(directory, exist_ok=True)
     return own
 
-
 def controls_v1(directory):
     """Not the v2 tree of a hybrid machine, and not cpuset, whose groups take nobody until told which CPUs."""
     return os.path.exists(f"{directory}/tasks") and not os.path.exists(f"{directory}/cpuset.cpus")
-
 
 @step(part="cgroup")
 def join_cgroup(container):
@@ -2443,22 +1925,19 @@ def join_cgroup(container):
         write_kernel_file(f"{directory}/cgroup.procs", 0)
     prove("cat /proc/self/cgroup", read_kernel_file("/proc/self/cgroup"))
 
-
-def mount_cgroups(container):
-    """/sys/fs/cgroup, read-only; by the cgroup namespace its root is the container's own group."""
+def mount_cgroups(container, plain, writable):
+    """/sys/fs/cgroup; by the cgroup namespace its root is the container's own group."""
     if not container.cgroups or not os.path.isdir(CGROUP):
         return
-    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY
     if container.cgroup_version == 2:
-        mount("cgroup", CGROUP, "cgroup2", flags)
+        mount("cgroup", CGROUP, "cgroup2", plain | writable)
         return
-    mount("tmpfs", CGROUP, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=755")
+    mount("tmpfs", CGROUP, "tmpfs", plain, "mode=755")
     for directory in container.cgroups:
         name = directory.split("/")[4]
         os.mkdir(f"{CGROUP}/{name}")
-        mount("cgroup", f"{CGROUP}/{name}", "cgroup", flags, f"{'name=' * (name == 'systemd')}{name}")
-    mount("none", CGROUP, "", MS_REMOUNT | flags)
-
+        mount("cgroup", f"{CGROUP}/{name}", "cgroup", plain | writable, f"{'name=' * (name == 'systemd')}{name}")
+    mount("none", CGROUP, "", MS_REMOUNT | plain | writable)
 
 def delete_cgroup(id):
     """End what is still in it, and remove it. The kernel may need a moment to let the dead go."""
@@ -2477,7 +1956,6 @@ def delete_cgroup(id):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.005)
-
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 #  Its privileges: user, capabilities, system calls
@@ -2531,7 +2009,6 @@ CLONE_NEW = 0x7E020000  # all CLONE_NEW… flags: a thread or a process may be m
 PERSONALITIES = 0, 8, 0x20000, 0x20008, 0xFFFFFFFF  # Linux, 32-bit Linux, each with old uname; "which?"
 FAMILIES = 38, 40  # AF_ALG: cryptography in the kernel; AF_VSOCK: a line to the hypervisor
 
-
 def seccomp_filter(capabilities):
     """The filter as a program for the kernel's oldest virtual machine, BPF: load, compare, return.
 
@@ -2572,12 +2049,10 @@ def seccomp_filter(capabilities):
         program += [unless(equal, personality, 1), allow]
     return b"".join(program + [refuse, allow])
 
-
 def own_capabilities():
     """The names of the capabilities in our bounding set: nobody can hand on more."""
     bounding = int(re.search(r"CapBnd:\s*(\w+)", read_kernel_file("/proc/self/status"))[1], 16)
     return [name for number, name in enumerate(CAPABILITIES) if bounding & 1 << number]
-
 
 def choose_capabilities(add, drop, privileged):
     """--cap-add, --cap-drop and --privileged → the capabilities that are kept, as docker counts them."""
@@ -2590,7 +2065,6 @@ def choose_capabilities(add, drop, privileged):
             change(CAPABILITIES if name == "ALL" else [name])
     return [name for name in own_capabilities() if name in kept]
 
-
 @step(part="caps")
 def drop_capabilities(container):
     """Capabilities: root, but not the machine's root
@@ -2602,8 +2076,7 @@ def drop_capabilities(container):
     dropped = [name for name in own_capabilities() if name not in container.capabilities]
     tell("setpriv --bounding-set " + (",".join(f"-{name.lower()}" for name in dropped) or "+all"))
     for name in dropped:
-        call(f"drop {name}", "prctl", PR_CAPBSET_DROP, CAPABILITIES.index(name), 0, 0, 0)
-
+        call("prctl", PR_CAPBSET_DROP, CAPABILITIES.index(name), 0, 0, 0, what=f"drop {name}")
 
 @step(part="seccomp")
 def filter_system_calls(container):
@@ -2617,14 +2090,14 @@ def filter_system_calls(container):
     if not container.privileged:
         install_filter(seccomp_filter(container.capabilities if "caps" in container.parts else CAPABILITIES))
 
-
 def install_filter(program):
     """prctl(PR_SET_SECCOMP): from here on, for this process and all that it starts."""
     tell(f"prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, a program of {len(program) // 8} instructions)")
-    buffer = libc.ctypes.create_string_buffer(program)
-    header = struct.pack("HP", len(program) // 8, libc.ctypes.addressof(buffer))
-    call("seccomp", "prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0)
+    import ctypes
 
+    buffer = ctypes.create_string_buffer(program)
+    header = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
+    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0, what="seccomp")
 
 @step
 def become_user(container):
@@ -2650,14 +2123,12 @@ def become_user(container):
     prove("grep -E '^(Uid|Groups|Cap|Seccomp)' /proc/self/status",
           "\n".join(re.findall(r"^(?:Uid|Groups|Cap|Seccomp:).*", read_kernel_file("/proc/self/status"), re.M)))  # fmt: skip
 
-
 def set_capabilities(names):
     """capset(2): effective and permitted, and none to be inherited; the bits come in two halves."""
     bits = sum(1 << CAPABILITIES.index(name) for name in names)
     low, high = bits & 0xFFFFFFFF, bits >> 32
     version_3 = 0x20080522
-    call("capset", "capset", struct.pack("Ii", version_3, 0), struct.pack("6I", low, low, 0, high, high, 0))
-
+    call("capset", struct.pack("Ii", version_3, 0), struct.pack("6I", low, low, 0, high, high, 0))
 
 class User:
     """Who the container runs as: -u, or the image's User, looked up in the image's own files."""
@@ -2684,15 +2155,12 @@ class User:
         if not all(0 <= number < 2**31 for number in (self.uid, *self.groups)):
             raise MockerError("uids and gids must be in range 0-2147483647")
 
-
 def is_id(text):
     return re.fullmatch(r"[0-9]+", text, re.ASCII) is not None
-
 
 def find_entry(entries, key):
     """By name, or by number if the key is one: then no name counts."""
     return next((entry for entry in entries if (int(entry[2]) == int(key) if is_id(key) else entry[0] == key)), None)
-
 
 def read_colons(path, count):
     """Lines of /etc/passwd or /etc/group, as lists of fields. Any file may stand there: a FIFO, or a kernel's."""
@@ -2706,7 +2174,6 @@ def read_colons(path, count):
     entries = [line.split(":") for line in text.splitlines()]
     return [entry + [""] for entry in entries if len(entry) >= count and is_id(entry[2]) and (count == 3 or is_id(entry[3]))]
 
-
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 #  run: the chapters above, in order
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
@@ -2714,7 +2181,6 @@ def read_colons(path, count):
 NAMESPACES = ("mnt", "uts", "ipc", "pid", "net", "cgroup", "user")
 PARTS = ("net", "pid", "mount", "uts", "ipc", "cgroup", "overlay", "pivot_root", "caps", "seccomp", "mask", "user")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
 
 def run(arguments):
     """Run a command in a container. The image is pulled if it is not here.
@@ -2752,23 +2218,21 @@ def run(arguments):
     say("done")
     return status
 
-
 def inside(container):
     """The same story, told by the container's first process on its way in."""
     join_cgroup(container)
     join_network(container)
-    leave_host_namespaces(container)
+    leave_namespaces(container)
     mount_root(container)
     parcels = take_along(container)
     enter_root(container)
     mount_kernel_filesystems(container)
-    attach_parcels(container, parcels)
+    unpack_parcels(container, parcels)
     mask_paths(container)
     drop_capabilities(container)
     filter_system_calls(container)
     become_user(container)
     execute(container)
-
 
 class Container:
     """What is to be run, and what was made for it so far."""
@@ -2798,17 +2262,15 @@ class Container:
         self.cgroups, self.cgroup_version = [], cgroup_version()
         self.host_namespaces = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
 
-
 def find_image(name):
     """The stored image of that name; pulled if there is none."""
-    reference = parse_reference(name)
+    reference = Reference(name)
     if os.path.exists(store(reference.file)):
         image = Image(reference.file)
         if all(map(os.path.isdir, image.layers)):
             return image
-    say(f"Unable to find image '{reference.familiar}' locally")
+    say(f"Unable to find image '{reference}' locally")
     return pull_image(reference)
-
 
 def command_line(config, entrypoint, command):
     """Entrypoint, then the command given, or else the image's Cmd; a new entrypoint drops the Cmd."""
@@ -2819,7 +2281,6 @@ def command_line(config, entrypoint, command):
     if not line:
         raise MockerError("no command specified, and the image names none: mocker run IMAGE COMMAND")
     return line
-
 
 def environment(config, given, hostname, terminal):
     """The image's variables, with those of -e over them."""
@@ -2832,12 +2293,10 @@ def environment(config, given, hostname, terminal):
         variables[name] = value
     return variables
 
-
 def absolute(path, what):
     if not path.startswith("/"):
         raise MockerError(f"{what} '{path}' is invalid, it needs to be an absolute path")
     return os.path.normpath(path)
-
 
 def parse_container_name(text):
     """--name: one word, and no other container's."""
@@ -2849,7 +2308,6 @@ def parse_container_name(text):
         raise MockerError(f"the name '{text}' is in use by another container: choose another, or remove it with mocker rm {text}")
     return text
 
-
 def parse_size(text):
     """512m → 536870912 bytes; b, k, m, g as docker's."""
     match = re.fullmatch(r"(\d+)([bkmg]?)b?", (text or "0").lower(), re.ASCII)
@@ -2859,7 +2317,6 @@ def parse_size(text):
     if 0 < size < 6 << 20:
         raise MockerError("minimum memory limit allowed is 6MB")
     return size or None
-
 
 def parse_cpus(text):
     """1.5 → 1.5; None without a limit."""
@@ -2871,19 +2328,16 @@ def parse_cpus(text):
         raise MockerError(f"range of CPUs is from 0.01 to {os.cpu_count()}.00, as there are only {os.cpu_count()} CPUs available")
     return cpus or None
 
-
 def parse_count(text):
     """--pids-limit: a number; 0 and -1 mean none, as docker's."""
     if text and not re.fullmatch(r"-1|\d{1,9}", text, re.ASCII):
         raise MockerError(f"invalid number of processes '{text}': write a number, as in 100")
     return int(text) if text and int(text) > 0 else None
 
-
 def parse_network(text):
     if text not in (None, "bridge", "none", "host"):
         raise MockerError(f"no such network: '{text}': there are bridge, none and host")
     return text or "bridge"
-
 
 def parse_volume(text):
     """host:container[:ro] → (host, container, read-only). A missing host directory is made, as by docker."""
@@ -2898,7 +2352,6 @@ def parse_volume(text):
     os.makedirs(host, exist_ok=True) if not os.path.exists(host) else None
     return host, target, mode == "ro"
 
-
 def parse_port(text):
     """[ip:]host:container[/udp] → (ip, host, container, protocol)"""
     match = re.fullmatch(r"(?:(\d+\.\d+\.\d+\.\d+):)?(\d+):(\d+)(?:/(tcp|udp))?", text, re.ASCII)
@@ -2906,15 +2359,21 @@ def parse_port(text):
         raise MockerError(f"invalid port '{text}': write [ip:]host:container[/udp], as in 8080:80")
     return match[1] or "0.0.0.0", int(match[2]), int(match[3]), match[4] or "tcp"
 
-
 def create_container(container, undo):
     """Its directory, and its entry among those that run."""
+    path = f"{SHARED}/{container.id}.json"
+    with locked(SHARED):
+        container.lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(container.lock, fcntl.LOCK_EX)
+        note_container(container)
     undo.callback(unregister, container.id)
-    register(container)
-    undo.callback(delete_directory, container.directory, container.remove, "mount" in container.parts)
+    undo.callback(delete_directory, container.directory, container.remove, "mount" not in container.parts)
     os.makedirs(f"{container.directory}/rootfs")
     write_config(container, "created")
 
+def unregister(id):
+    with locked(SHARED):
+        forget(id)
 
 def write_config(container, status, **more):
     """config.json: what later commands need to know of it."""
@@ -2924,7 +2383,6 @@ def write_config(container, status, **more):
         "user": container.user, "working_directory": container.working_directory, "address": container.address,
         "cgroups": container.cgroups, "status": status, **more})  # fmt: skip
 
-
 def all_containers():
     """Every container's config.json."""
     found = []
@@ -2933,12 +2391,11 @@ def all_containers():
             found.append(json.load(file))
     return found
 
-
-def delete_directory(directory, remove, mount_namespace):
+def delete_directory(directory, remove, host_mounts, address=None):
     """Unmount what was mounted on the host's own table; with --rm the container is forgotten."""
     import shutil
 
-    if not mount_namespace:
+    if host_mounts:
         with contextlib.suppress(MockerError):
             unmount(f"{directory}/rootfs")
     if remove:
@@ -2946,9 +2403,7 @@ def delete_directory(directory, remove, mount_namespace):
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(directory))
 
-
 # ── The process ────────────────────────────────────────────────────────────────────────────────
-
 
 class Streams:
     """stdin, stdout and stderr of the container, as pipes or as a terminal, and a pipe for bad news."""
@@ -3026,7 +2481,6 @@ class Streams:
         self.stdin = os.dup(descriptors[0]) if self.source is not None else None
         return descriptors[0]
 
-
 @step
 def start(container, undo):
     """Fork: the first process of a new pid namespace
@@ -3037,24 +2491,23 @@ def start(container, undo):
     """
     write_etc(container)
     streams = Streams(container)
-    host = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    if "pid" in container.parts:
-        unshare(CLONE_NEWPID, ["pid", "fork"])
     mocker = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # the child must not run our handlers
-    pid = os.fork()
-    if pid == 0:
-        go_inside(container, streams, mocker)
-    enter_namespace(host, CLONE_NEWPID)
-    os.close(host)
+    with coming_back("pid_for_children", CLONE_NEWPID):
+        if "pid" in container.parts:
+            unshare(CLONE_NEWPID, ["pid", "fork"])
+        pid = os.fork()
+        if pid == 0:
+            go_inside(container, streams, mocker)
     container.pid = pid
     undo.callback(end_process, container)
     streams.close_inner()
     return streams
 
-
 def go_inside(container, streams, mocker):
     """In the child. What goes wrong is reported through a pipe, which exec closes."""
+    import traceback
+
     try:
         die_with(mocker)
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
@@ -3066,12 +2519,9 @@ def go_inside(container, streams, mocker):
     except MockerError as error:
         streams.report(str(error), error.status)
     except BaseException:
-        import traceback
-
         streams.report(traceback.format_exc(), 125)
     finally:
         os._exit(125)
-
 
 @step
 def execute(container):
@@ -3093,7 +2543,6 @@ def execute(container):
         status = 127 if error.errno == errno.ENOENT else 126
         raise MockerError(f'exec "{program}": {error.strerror}: it has no interpreter here, or is for another machine', status) from None
 
-
 def find_program(name, path):
     """As execvp(3) would, within the image. 127 if there is none, 126 if it can't be run, as docker."""
     if "/" not in name:
@@ -3108,12 +2557,10 @@ def find_program(name, path):
         raise MockerError(f'exec: "{name}": permission denied: it is a directory, or not executable', 126)
     return name
 
-
 # ── The parent: streams, signals, the end ──────────────────────────────────────────────────────
 
 FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
              signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}  # fmt: skip
-
 
 def attend(container, streams):
     """Copy output, pass signals on, wait. → exit status, 128+N for signal N."""
@@ -3133,7 +2580,6 @@ def attend(container, streams):
     write_config(container, "exited", exit_code=status)
     return status
 
-
 def forward_signals(pid, terminal):
     """What reaches mocker goes on to number 1. That ignores what it has no handler for; the third
     SIGINT or SIGTERM therefore is SIGKILL (man 7 pid_namespaces, "Signals")."""
@@ -3152,14 +2598,12 @@ def forward_signals(pid, terminal):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     copy_window_size(terminal)
 
-
 def copy_window_size(terminal):
     """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""
     TIOCGWINSZ, TIOCSWINSZ = 0x5413, 0x5414
     if terminal is not None:
         with contextlib.suppress(OSError):
             fcntl.ioctl(terminal, TIOCSWINSZ, fcntl.ioctl(0, TIOCGWINSZ, bytes(8)))
-
 
 @contextlib.contextmanager
 def raw_terminal(terminal, source):
@@ -3176,7 +2620,6 @@ def raw_terminal(terminal, source):
         yield
     finally:
         termios.tcsetattr(source, termios.TCSADRAIN, before)
-
 
 def open_copies(container):
     """Where output goes besides our own: the container's log, and /tmp/stdout, as ever.
@@ -3199,7 +2642,6 @@ def open_copies(container):
         os.close(handle)
         say(f"/tmp/stdout can't be replaced: {error.strerror}; remove it")
     return copies
-
 
 def copy_streams(streams, copies, pid):
     """Until the process has ended and its outputs are drained. What is slow makes the container wait."""
@@ -3232,7 +2674,6 @@ def copy_streams(streams, copies, pid):
                 if pending == b"":
                     poller.register(streams.source, select.POLLIN)
 
-
 def copy_output(source, destination, copies):
     """One piece, as it is, to our own stdout or stderr and to the copies. False at the end."""
     data = read_some(source)
@@ -3240,7 +2681,6 @@ def copy_output(source, destination, copies):
         with contextlib.suppress(OSError):  # a full disk must not stop the container
             os.write(copy, data)
     return bool(data) and write_all(destination, data)
-
 
 def read_some(descriptor):
     """Up to 64 KiB, or nothing at the end; a terminal whose other side is gone says EIO."""
@@ -3253,7 +2693,6 @@ def read_some(descriptor):
             raise
         return b""
 
-
 def write_some(descriptor, data):
     """→ what is left to write; None if nobody reads any more."""
     try:
@@ -3262,7 +2701,6 @@ def write_some(descriptor, data):
         return data
     except OSError:
         return None
-
 
 def write_all(descriptor, data):
     """False if nobody reads any more: our reading end is closed then, and the container learns of it."""
@@ -3277,7 +2715,6 @@ def write_all(descriptor, data):
         data = left
     return True
 
-
 def end_process(container):
     """If it still runs, a fault or a signal brought us here."""
     if container.pid is not None:
@@ -3285,11 +2722,9 @@ def end_process(container):
             os.kill(container.pid, signal.SIGKILL)
         os.waitpid(container.pid, 0)
 
-
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 #  serve: the protocol's other side
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
-
 
 def serve(arguments):
     """Be a registry, read-only, for the images that are here: for a class behind one address.
@@ -3317,7 +2752,6 @@ def serve(arguments):
     threading.Thread(target=cdn.serve_forever, daemon=True).start()
     registry.serve_forever()
 
-
 def make_server(address, port, answer):
     """A threaded HTTP/1.1 server whose GET and HEAD are answer(request, path, query)."""
     import http.server
@@ -3337,7 +2771,6 @@ def make_server(address, port, answer):
 
     return http.server.ThreadingHTTPServer((address, port), Request)
 
-
 def reply(request, status, body=b"", **headers):
     """Status, headers and, unless it is a HEAD, the body."""
     request.send_response(status)
@@ -3348,19 +2781,16 @@ def reply(request, status, body=b"", **headers):
     if request.command != "HEAD":
         request.wfile.write(body)
 
-
 def refuse(request, status, code, **headers):
     """The error document of the distribution spec."""
     reply(request, status, json.dumps({"errors": [{"code": code, "message": code.lower()}]}).encode(),
           Content_Type="application/json", **headers)  # fmt: skip
-
 
 def sign(server, text):
     """A signature that only we can make: no path but the one that we gave out opens a blob."""
     import hmac
 
     return hmac.new(server.key, text.encode(), "sha256").hexdigest()
-
 
 def serve_registry(request, path, query):
     """/token gives a token; /v2/… wants it, serves manifests, and sends blobs to the CDN."""
@@ -3388,7 +2818,6 @@ def serve_registry(request, path, query):
     place = f"http://{host.rpartition(':')[0] or host}:{server.cdn_port}/{found[3]}?Signature={sign(server, found[3])}"
     return reply(request, 307, Location=place)
 
-
 def serve_blob(request, path, query):
     """The CDN: whoever has a signed address gets the blob, or the rest of it from a Range on."""
     import shutil
@@ -3409,11 +2838,9 @@ def serve_blob(request, path, query):
         if request.command != "HEAD":
             shutil.copyfileobj(file, request.wfile)
 
-
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 #  Life after run
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
-
 
 def clean(arguments):
     """Undo whatever outlived a run: leftovers of killed mockers, unfinished pulls.
@@ -3433,10 +2860,9 @@ def clean(arguments):
     running = running_containers()
     for container in all_containers() if arguments["--containers"] else ():
         if container["id"] not in running:
-            delete_directory(store("containers", container["id"]), True, True)
+            delete_directory(store("containers", container["id"]), True, False)
             say(f"removed {container['name']}")
     return 0
-
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 #  main: from a command's name to its function
@@ -3451,11 +2877,9 @@ COMMANDS = {
     "clean": clean,
 }
 
-
 def usage_of(function):
     """A command's docstring is its usage, for docopt as for you."""
     return re.sub(r"\n {4}", "\n", function.__doc__).strip()
-
 
 def parse_arguments(argv):
     """→ (the command's function, docopt's dict), or SystemExit once what was asked for is printed."""
@@ -3479,11 +2903,9 @@ def parse_arguments(argv):
     print(usage, file=sys.stderr)
     raise SystemExit(125 if argv else 1)
 
-
 def interrupted(number, frame):
     """Ctrl-C or SIGTERM before the container runs: undo what was done so far, then end."""
     raise MockerError(f"stopped by {signal.Signals(number).name}; nothing is left behind", status=128 + number)
-
 
 def main(argv):
     """Run the command; what the user can mend becomes one line. → exit status"""
@@ -3510,7 +2932,6 @@ def main(argv):
             raise
         write_line(f"mocker: {error.strerror}: {error.filename or HOME}: make room, or set MOCKER_HOME to another folder", "error")
     return 125
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
+import fake as fakes
 import images
+import pytest
+import quick as quick_calls
 import registry as registries
+
+pytest_plugins = ["containers"]  # and those to run containers with
 
 MOCKER = Path(__file__).resolve().parent.parent / "mocker.py"
 
@@ -90,3 +93,23 @@ def hub():
     """As Docker Hub: wants a token, redirects blobs to a CDN. The same two images."""
     with registries.hub() as hub:
         yield with_images(hub)
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A registry that serves whatever the test puts in, lies too (fake.py)."""
+    with fakes.serving(tmp_path / "layout") as fake:
+        yield fake
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    forks = quick_calls.Quick(tmp_path_factory.mktemp("quick"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture
+def quick(mocker, forks):
+    """quick(*args, env=): as mocker(), but a fork of what has begun already, for hundreds of calls."""
+    return lambda *args, env=(): forks(*args, env={**mocker.env, **dict(env)})

@@ -222,6 +222,8 @@ def difference(before, after, ignore=lambda kind, name, detail: False):
 
 def of_others(kind, name, detail):
     """On a shared machine: is this plainly not a test's own?"""
+    if kind in ("process", "namespace"):
+        return not re.search("of this test|in a mocker cgroup|/run/netns/.*mocker", detail)
     text = re.sub("mocker-(build|registry|hub|oracle|uml)-", "", f"{name} {detail}")
     return not re.search("mocker|veth", text)
 
@@ -233,6 +235,8 @@ def settled_difference(before, ignore=None, seconds=SETTLING_TIME):
     deadline = time.monotonic() + seconds
     while True:
         lines = difference(before, snapshot(), ignore)
+        if shared:  # what has gone was there before the test: someone else's
+            lines = [line for line in lines if line.startswith("+")]
         if not lines or time.monotonic() > deadline:
             return lines
         time.sleep(0.1)
@@ -320,8 +324,9 @@ def describe_process(pid):
     """Its command line, and how one can tell that a test started it."""
     command = content(f"/proc/{pid}/cmdline").replace("\0", " ").strip() or content(f"/proc/{pid}/comm").strip()
     signs = []
-    if "PYTEST_CURRENT_TEST=" in content(f"/proc/{pid}/environ"):
-        signs.append("of a mocker test")
+    test = os.environ.get("PYTEST_CURRENT_TEST", "no test").split(" (")[0]  # "file::name (call)"
+    if f"PYTEST_CURRENT_TEST={test} " in content(f"/proc/{pid}/environ"):
+        signs.append("of this test")
     if "mocker" in content(f"/proc/{pid}/cgroup"):
         signs.append("in a mocker cgroup")
-    return ", ".join([command[:120]] + signs)
+    return ", ".join([command[:120], *signs])

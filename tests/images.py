@@ -557,8 +557,9 @@ def debian(layout):
     with tempfile.TemporaryDirectory(prefix="mocker-build-") as root:
         strap = ["mmdebstrap", "--mode=root", "--variant=minbase", "bookworm", root]
         subprocess.run(strap, check=True, stdout=sys.stderr)
-        for name in ("hostname", "hosts", "resolv.conf"):  # the first and last are this machine's
+        for name in ("hostname", "hosts", "resolv.conf"):  # mmdebstrap has copied this machine's
             Path(root, "etc", name).write_text("")
+            Path(root, "etc", name).chmod(0o644)
         build = Build(layout, root)
         build.commit("debootstrap bookworm minbase")
         build.finish({"Cmd": ["bash"]})
@@ -613,7 +614,7 @@ mkdir logs temp work webapps"""
 
 @recipe("tomcat")
 def tomcat(layout):
-    """Ten layers: the base, five of files, one of deletions, and three small ones."""
+    """Ten layers: the base, four of packages and programs, four small ones, one of deletions."""
     home = "/usr/local/tomcat"
     with based_on(image("debian"), layout) as build:
         build.run(f"mkdir -p {home}")
@@ -742,7 +743,7 @@ def postgres(layout):
 
 def main(arguments):
     if len(arguments) not in (1, 2) or arguments[0] not in RECIPES:
-        return f"{__doc__}\nThe images: {', '.join(RECIPES)}"
+        sys.exit(f"{__doc__}\nThe images: {', '.join(RECIPES)}")
     name, *directory = arguments
     if directory:
         RECIPES[name](Layout(directory[0]))
@@ -750,4 +751,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

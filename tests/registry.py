@@ -17,8 +17,8 @@ import json
 import re
 import secrets
 import shutil
-import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -33,10 +33,9 @@ from pathlib import Path
 class Registry:
     """A registry that runs: .url, .host, .push(layout, reference), .requests"""
 
-    def __init__(self, directory, port):
+    def __init__(self, directory, host):
         self.directory = Path(directory)
-        self.host = f"127.0.0.1:{port}"
-        self.url = f"http://{self.host}"
+        self.host, self.url = host, f"http://{host}"
 
     @property
     def requests(self):
@@ -76,9 +75,10 @@ class Push:
         document = json.loads(data)
         for child in document.get("manifests", []):
             self.manifest(child, child["digest"])
-        for child in [*document.get("layers", []), document.get("config")]:
-            if child:
-                self.blob(child)
+        for child in document.get("layers", []):
+            self.blob(child)
+        if "config" in document:
+            self.blob(document["config"])
         kind = {"Content-Type": descriptor["mediaType"]}
         self.ask("PUT", f"/v2/{self.name}/manifests/{tag}", 201, data, kind)
 
@@ -110,8 +110,8 @@ class Push:
 
 CONFIG = {
     "version": "0.1",
-    "log": {"level": "error"},
-    "storage": {"delete": {"enabled": True}},
+    "log": {"level": "info"},
+    "http": {"addr": "127.0.0.1:0"},  # any free port; the log says which
 }
 
 
@@ -128,20 +128,18 @@ def distribution(more):
     if not shutil.which("docker-registry"):
         raise RuntimeError("docker-registry is not installed: see tests/install")
     with tempfile.TemporaryDirectory(prefix="mocker-registry-") as directory:
-        registry = Registry(directory, free_port())
-        config = {**CONFIG, "http": {"addr": registry.host}, **more}
-        config["storage"] = {**CONFIG["storage"], "filesystem": {"rootdirectory": directory}}
-        path = registry.directory / "config.yml"
-        path.write_text(json.dumps(config))  # JSON is YAML
-        with running(["docker-registry", "serve", path], registry.directory / "log") as process:
-            wait_for(registry.host, process)
-            yield registry
+        storage = {"filesystem": {"rootdirectory": directory}, "delete": {"enabled": True}}
+        config, log = Path(directory, "config.yml"), Path(directory, "log")
+        config.write_text(json.dumps({**CONFIG, "storage": storage, **more}))  # JSON is YAML
+        with running(["docker-registry", "serve", config], log) as process:
+            yield Registry(directory, listening(process, log))
 
 
 @contextlib.contextmanager
 def running(command, log):
-    """Run a server as long as the block, its output in the file `log`."""
+    """Run a server, its output in the file `log`, as long as the block and this thread live."""
     with open(log, "wb") as output:
+        command = ["setpriv", "--pdeathsig", "KILL", *command]
         process = subprocess.Popen(command, stdout=output, stderr=output)
         try:
             yield process
@@ -150,21 +148,15 @@ def running(command, log):
             process.wait()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(host, process, seconds=20):
-    """Wait until the server answers."""
-    address, port = host.split(":")
+def listening(process, log, seconds=20):
+    """Wait until the server says where it listens; returns host:port."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection((address, int(port)), 1):
-            return
+        found = re.search(r"listening on ([\d.]+:\d+)", log.read_text())
+        if found:
+            return found[1]
         time.sleep(0.02)
-    raise RuntimeError(f"{process.args[0]} does not answer at {host}")
+    raise RuntimeError(f"docker-registry does not start:\n{log.read_text()}")
 
 
 # ---------------------------------------------------------------------------
@@ -256,13 +248,19 @@ def hub():
 @contextlib.contextmanager
 def serving(handler, address, hub):
     """Answer at a free port of the address as long as the block."""
-    with http.server.ThreadingHTTPServer((address, 0), handler) as server:
+    with Server((address, 0), handler) as server:
         server.hub = hub
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             yield f"{address}:{server.server_address[1]}"
         finally:
             server.shutdown()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may hang up
+            super().handle_error(request, client_address)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

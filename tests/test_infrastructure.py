@@ -7,9 +7,8 @@ import time
 import urllib.error
 import urllib.request
 
-import pytest
-
 import images
+import pytest
 
 HELLO = "/v2/library/hello-world/manifests/latest"
 
@@ -118,7 +117,7 @@ def running_under_runc(name, bundle):
     [latest] = json.loads((layout / "index.json").read_text())["manifests"]
     image = images.read_blob(layout, images.read_blob(layout, latest)["config"])["config"]
     config = json.loads((bundle / "config.json").read_text())
-    sets = {kind: CAPABILITIES for kind in ("bounding", "effective", "permitted")}
+    sets = dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES)
     config["process"].update(terminal=False, rlimits=[], env=image["Env"], capabilities=sets)
     (bundle / "config.json").write_text(json.dumps(config))
 

@@ -1,0 +1,169 @@
+"""Fixtures to run containers with.
+
+store    mocker(...), with busybox and hello-world pulled already; its containers are the test's own
+run      run("busybox", "id") is `mocker run -q busybox id`, to its end
+start    start("busybox", "cat") is the same in the background: a Running; ended with the test
+host_as_before_all  as host.host_as_before, for a whole file
+image    image({"Cmd": ["id"]}, [file("etc/x")]) makes an image of busybox; → its name
+"""
+
+import functools
+import itertools
+import json
+import os
+import shutil
+import time
+
+import host
+import images
+import pytest
+from conftest import Mocker
+
+
+class Running:
+    """`mocker run` in the background.
+
+    process  mocker's own Popen, with pipes, as text
+    pid      the container's first process, as the host numbers it; it is the image's program already
+    id       the container's
+    """
+
+    def __init__(self, process, home):
+        self.process, self.home = process, home
+        until(self.looks_started, lambda: f"mocker run goes on: {process.args}")
+
+    def looks_started(self):
+        if self.process.poll() is not None:
+            pytest.fail(f"mocker ended with {self.process.returncode}:\n{self.process.stderr.read()}")
+        for path in self.home.glob("containers/*/config.json"):
+            config = json.loads(path.read_text())
+            pid, self.id = config.get("pid") or 0, config["id"]
+            status = host.process_status(pid)
+            if status and status["parent"] == self.process.pid and program_of(pid) != program_of(self.process.pid):
+                self.pid = pid
+                return True
+        return False
+
+    def ip(self, *arguments):
+        """What `ip -json ARGUMENTS` says in the container's network namespace."""
+        return json.loads(host.output("nsenter", f"--net=/proc/{self.pid}/ns/net", "ip", "-json", *arguments))
+
+    @functools.cached_property
+    def address(self):
+        [address] = [a["local"] for link in self.ip("addr") for a in link["addr_info"] if link["ifname"] == "veth1"]
+        return address
+
+    def kill(self):
+        os.kill(self.pid, 9)
+
+    def end(self):
+        """End the container, and let mocker clear up."""
+        if self.process.poll() is None:
+            self.kill()
+        self.process.communicate(timeout=60)
+
+
+def program_of(pid):
+    """The file that a process runs; nothing if it has ended."""
+    try:
+        status = os.stat(f"/proc/{pid}/exe")
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def until(condition, what="what was waited for did not happen", seconds=60):
+    """Wait for it; → what it gave."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, what() if callable(what) else what
+        time.sleep(0.01)
+
+
+def one_line(done, *words, status=125):
+    """mocker refused, in one line that has these words; nothing else was said."""
+    assert (done.stdout, done.returncode) == ("", status), done
+    assert done.stderr.startswith("mocker: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    return True
+
+
+@pytest.fixture(scope="module")
+def host_as_before_all(pulled):
+    """After all tests of a file the host is as it was before them."""
+    before = host.snapshot()
+    yield
+    assert not host.settled_difference(before)
+
+
+@pytest.fixture(scope="session")
+def pulled(registry, tmp_path_factory):
+    """A store with the two small images, pulled once for all tests."""
+    home = tmp_path_factory.mktemp("store")
+    for name in "hello-world", "busybox":
+        Mocker(home, registry.url, home)("pull", name, check=True)
+    return home
+
+
+def share_store(pulled, home):
+    """Make `home` a store with the images of another: layers and blobs shared, containers its own."""
+    home.mkdir()
+    for path in pulled.iterdir():
+        if path.name in ("blobs", "layers"):
+            (home / path.name).symlink_to(path)
+        elif path.is_file():
+            shutil.copy(path, home)
+
+
+@pytest.fixture
+def store(pulled, mocker, home):
+    if os.geteuid():
+        pytest.skip("containers need root")
+    share_store(pulled, home)
+    return mocker
+
+
+@pytest.fixture
+def run(store):
+    return functools.partial(store, "run", "-q")
+
+
+@pytest.fixture
+def start(store):
+    started = []
+
+    def start(*arguments, **options):
+        process = store.popen("run", "-q", *arguments, **options)
+        try:
+            started.append(Running(process, store.home))
+        except BaseException:
+            process.kill()
+            raise
+        return started[-1]
+
+    yield start
+    for container in started:
+        container.end()
+
+
+NUMBERS = itertools.count(1)
+
+
+@pytest.fixture
+def image(registry, tmp_path):
+    def image(config, entries=()):
+        number = next(NUMBERS)
+        layout, base = images.Layout(tmp_path / f"layout-{number}"), images.image("busybox")
+        shutil.copytree(base / "blobs", layout.path / "blobs", dirs_exist_ok=True)
+        manifest = images.read_blob(base, json.loads((base / "index.json").read_text())["manifests"][0])
+        layers = list(zip(manifest["layers"], images.read_blob(base, manifest["config"])["rootfs"]["diff_ids"]))
+        layers += [images.layer(entries)] if entries else []
+        layout.tag(layout.image(layers, config))
+        registry.push(layout.path, f"tests/image-{number}:latest")
+        return f"tests/image-{number}"
+
+    return image
