@@ -112,4 +112,4 @@ def forks(tmp_path_factory):
 @pytest.fixture
 def quick(mocker, forks):
     """quick(*args, env=): as mocker(), but a fork of what has begun already, for hundreds of calls."""
-    return lambda *args, env=(): forks(*args, env={**mocker.env, **dict(env)})
+    return lambda *args, env=(): forks(*args, env={**mocker.env, "MOCKER_TIMEOUT": "1", **dict(env)})
