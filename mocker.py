@@ -173,7 +173,7 @@ class Reference:
         first, slash, _ = text.partition("/")
         is_host = slash and (re.search("[.:]", first) or first == "localhost" or first != first.lower())
         match = REFERENCE.fullmatch(text if is_host else f"{DOCKER_HUB}/{text}")
-        if not match or (tag and match[3] or match[4]) and tag or len(match[2]) > 255:
+        if not match or (tag and (match[3] or match[4])) or len(match[2]) > 255 or re.fullmatch("[0-9a-f]{64}", text):
             raise MockerError(f"invalid reference '{text}': write [host/]name[:tag] in lower case, as in library/tomcat:9")
         if match[4] and not DIGEST.fullmatch(match[4]):
             raise MockerError(f"invalid digest in '{text}': write sha256: and 64 hexadecimal digits")
@@ -729,6 +729,7 @@ class Unpacker:
         self.stream, self.names, self.directories = stream, [], {}
         self.implied = set()  # directories that the tar leaves out: the layers below know their modes
         self.borrowed = []  # (path, target) of hard links to files of the layers below
+        self.whiteouts = []
 
     def unpack(self):
         import tarfile
@@ -835,6 +836,7 @@ class Unpacker:
 
         self.implied = {other for other in self.implied if not gone(other)}
         self.borrowed = [(other, target) for other, target in self.borrowed if not gone(other)]
+        self.whiteouts = [other for other in self.whiteouts if not gone(other)]
         self.directories = {other: member for other, member in self.directories.items() if not gone(other)}
 
     def whiteout(self, folder, name):
@@ -855,6 +857,7 @@ class Unpacker:
         elif not os.path.lexists(path):
             with on_plain_disk():
                 os.mknod(path, stat.S_IFCHR, 0)
+            self.whiteouts.append(path)
 
 def is_directory(path):
     """Itself, not by a symlink."""
@@ -922,12 +925,12 @@ def look_below(layers, path):
             return place
     return None
 
-def settle_layer(directory, below, implied, borrowed):
+def settle_layer(directory, below, implied, borrowed, whiteouts):
     """What the tar left to the layers below: the modes of parents, the targets of hard links."""
     import shutil
 
     root = os.path.realpath(directory)
-    for path in [*sorted(implied), *(path for path, _ in borrowed)]:
+    for path in [*sorted(implied), *whiteouts, *(path for path, _ in borrowed)]:
         # We are outside of the chroot here: no symlink of the layer may lead us on.
         if os.path.realpath(root + os.path.dirname(path)) != os.path.normpath(root + os.path.dirname(path)):
             raise MockerError(f"a layer puts '{path}' behind a symlink of its own: this image is broken")
@@ -935,6 +938,10 @@ def settle_layer(directory, below, implied, borrowed):
         source = look_below(below, path)
         if source and is_directory(source) and is_directory(directory + path):
             copy_metadata(source, directory + path)
+    for path in whiteouts:
+        # One that hides nothing goes: in a directory of one layer alone, overlayfs would list it.
+        if is_whiteout(os.lstat(directory + path)) and look_below(below, path) is None:
+            os.unlink(directory + path)
     for path, target in borrowed:
         source = look_below(below, target)
         if source is None or not stat.S_ISREG(os.lstat(source).st_mode):
@@ -1048,7 +1055,7 @@ def fetch_layer(registry, number, blob, diff_id, partial, progress):
     for name in unpacker.names:
         say(f"- {name}")
     say("...")
-    return directory, unpacker.implied, unpacker.borrowed
+    return directory, unpacker.implied, unpacker.borrowed, unpacker.whiteouts
 
 @step
 def fetch_layers(registry, layers, diff_ids, partial):
@@ -1065,8 +1072,8 @@ def fetch_layers(registry, layers, diff_ids, partial):
     progress = Progress(layers)
     os.makedirs(store("layers"), exist_ok=True)
     jobs = [(registry, n, layers[n], diff_ids[n], partial, progress) for n in missing]
-    for n, (directory, implied, borrowed) in zip(missing, in_workers(fetch_layer, jobs, 3, progress.draw)):
-        settle_layer(directory, [layer_path(below) for below in reversed(chain[:n])], implied, borrowed)
+    for n, (directory, *open_ends) in zip(missing, in_workers(fetch_layer, jobs, 3, progress.draw)):
+        settle_layer(directory, [layer_path(below) for below in reversed(chain[:n])], *open_ends)
         with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
             os.rename(directory, layer_path(chain[n]))
 
@@ -2189,8 +2196,7 @@ def run(arguments):
       mocker run [options] [-e VAR]... [-v VOLUME]... [-p PORT]... [--cap-add=CAP]...
                  [--cap-drop=CAP]... [--name=N] [--hostname=N] [--entrypoint=PROGRAM]
                  [--network=N] [--cpus=N] [--pids-limit=N] [--read-only] [--privileged]
-                 [--without=PARTS] [--only=PARTS] [--explain] [--step] [--rm]
-                 <name> [<command>...]
+                 [--explain] [--step] [--rm] <name> [<command>...]
 
     Options:
       -i, --interactive   keep stdin open          --rm          remove it at the end
@@ -2203,8 +2209,6 @@ def run(arguments):
       -p, --publish PORT  [ip:]host:container[/udp]
       -m, --memory SIZE   as in 512m               --cpus, --pids-limit  a number
       --explain: tell and show each step. --step: and wait for Enter before it.
-      --without, --only: net pid mount uts ipc cgroup overlay pivot_root caps
-      seccomp mask user, with commas between; or --only=chroot
     """
     need_root("run")
     container = Container(find_image(arguments["<name>"]), arguments)

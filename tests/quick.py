@@ -61,7 +61,7 @@ def run(code, arguments, env, output):
         signal.alarm(SECONDS)
         exec(code, main.__dict__)
     except SystemExit as end:
-        status = end.code
+        status = end.code or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

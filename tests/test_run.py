@@ -79,7 +79,6 @@ def test_entrypoint_and_command(run, image, config, options, command, said):
 @pytest.mark.parametrize("options", [[], ["--entrypoint="]])
 def test_no_command_at_all(run, image, options):
     name = image(E if options else {})
-    run("-q", image(C), check=True)  # pulls the base
     run(name)
     one_line(run(*options, name), "no command")
 
@@ -227,7 +226,7 @@ def test_path_is_the_container_s(run):
 
 def test_the_image_stays_clean(run, store):
     spoil = "echo spoilt >/etc/passwd; rm /etc/group; mkdir /new; chmod 700 /; chown 5 /tmp"
-    look = ["ls", "-lan", "/", "/etc", "/etc/passwd"]
+    look = ["ls", "-lan", "/etc", "/tmp", "/etc/passwd"]
     before = run("busybox", *look).stdout
     assert run("busybox", "sh", "-c", spoil).returncode == 0
     assert without_times(run("busybox", *look).stdout) == without_times(before)
@@ -328,7 +327,7 @@ def test_two_containers_share_no_namespace(start):
 
 
 def test_it_is_process_number_one_and_sees_no_other(run):
-    assert run("busybox", "sh", "-c", "echo $$; ls -d /proc/[0-9]* | wc -l").stdout == "1\n2\n"
+    assert run("busybox", "sh", "-c", "echo $$; echo /proc/[0-9]*").stdout == "1\n/proc/1\n"
 
 
 def test_its_host_name_is_its_own(run, start):
