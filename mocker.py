@@ -194,7 +194,9 @@ class Reference:
     def file(self):
         """library_tomcat.json, library_tomcat:9.json; underscores are doubled, so no two images share one."""
         version = "" if self.version == "latest" else str(self)[len(self.name) :]
-        return self.name.replace("_", "__").replace("/", "_") + version + ".json"
+        name = self.name.replace("_", "__").replace("/", "_") + version
+        # A name that no file can have is cut, and told apart by its digest.
+        return (name if len(name) < 200 else f"{name[:150]}~{digest_of(name.encode())[7:27]}") + ".json"
 
 def is_local(host):
     """Plain http is for this machine, or where MOCKER_INSECURE=host[:port],… allows it."""
@@ -220,7 +222,14 @@ class Registry:
         self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity"})
         patience = Retry(ATTEMPTS, read=1, backoff_factor=0.3, status_forcelist=(500, 502, 503, 504), raise_on_status=False,
                          redirect=0, respect_retry_after_header=False)
-        self.session.mount("http", requests.adapters.HTTPAdapter(max_retries=patience))
+        for scheme in "https://", "http://":
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=patience))
+        self.session.rebuild_auth = self.strip_authorization
+
+    def strip_authorization(self, request, response):
+        """A redirect to another host takes no token along, and finds none in ~/.netrc."""
+        if self.session.should_strip_auth(response.request.url, request.url):
+            request.headers.pop("Authorization", None)
 
     def check_response(self, response, **_):
         """Each response, redirects too: say it, and see whether its redirect may be followed."""
@@ -336,14 +345,21 @@ def find_credentials(host):
             config = parse_json(file.read(), "~/.docker/config.json")
     except OSError:
         return None
-    server = "https://index.docker.io/v1/" if host == DOCKER_HUB else host
-    helper = (config.get("credHelpers") or {}).get(server) or config.get("credsStore")
+    def entries(key):  # docker has written host, https://host and https://host/v1/
+        found = expect(config.get(key) or {}, dict, f"{key} of ~/.docker/config.json")
+        return {re.sub(r"^https?://|/.*", "", re.sub(r"^https?://", "", name)): value for name, value in found.items()}
+
+    server = "index.docker.io" if host == DOCKER_HUB else host
+    helper = entries("credHelpers").get(server) or config.get("credsStore")
     if helper:
-        answer = run_tool([f"docker-credential-{helper}", "get"], server)
+        answer = run_tool([f"docker-credential-{helper}", "get"], "https://index.docker.io/v1/" if host == DOCKER_HUB else host)
         found = parse_json(answer or "{}", f"docker-credential-{helper}")
         return (found["Username"], found["Secret"]) if "Secret" in found else None
-    entry = (config.get("auths") or {}).get(server) or {}
-    user, colon, password = base64.b64decode(entry.get("auth") or "").decode(errors="replace").partition(":")
+    entry = expect(entries("auths").get(server) or {}, dict, f"the entry of {server} in ~/.docker/config.json")
+    try:
+        user, colon, password = base64.b64decode(entry.get("auth") or "").decode().partition(":")
+    except (ValueError, TypeError):
+        raise MockerError(f"the entry of {server} in ~/.docker/config.json is damaged: docker login {server}") from None
     return (user, password) if colon else None
 
 def run_tool(command, text=None):
@@ -397,6 +413,8 @@ def fetch_manifest(registry, version):
     import urllib3
 
     what = f"the manifest of {registry.reference}"
+    if DIGEST.fullmatch(version):
+        drop_damaged(version)
     raw, kind = read_blob(version) if DIGEST.fullmatch(version) else None, ""
     if raw is None:  # what was asked for by digest, and is here, can't have changed
         response = registry.get(f"manifests/{version}", Accept=", ".join(MANIFEST_TYPES + INDEX_TYPES))
@@ -544,7 +562,16 @@ def read_blob(digest):
     check_digest(raw, digest, f"the stored blob {digest[:19]}…")
     return raw
 
+def drop_damaged(digest):
+    """A small blob that went bad on the disk is fetched again."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            read_blob(digest)
+        except MockerError:
+            os.unlink(blob_path(digest))
+
 def save_blob(digest, raw):
+    drop_damaged(digest)
     if not os.path.exists(blob_path(digest)):
         write_file(blob_path(digest), raw)
 
@@ -599,9 +626,12 @@ class Image:
     def __init__(self, file):
         with open(store(file), "rb") as stored:
             self.stored = parse_json(stored.read(), file)
-        self.file, self.name, self.version = file, self.stored["name"], self.stored["version"]
-        self.manifest = self.stored["manifest"]
-        self.size = self.manifest["config"]["size"] + sum(layer["size"] for layer in self.manifest["layers"])
+        try:
+            self.file, self.name, self.version = file, self.stored["name"], self.stored["version"]
+            self.manifest = self.stored["manifest"]
+            self.size = self.manifest["config"]["size"] + sum(layer["size"] for layer in self.manifest["layers"])
+        except (KeyError, TypeError):
+            raise MockerError(f"{store(file)} is no stored image: remove it, and pull the image again") from None
 
     @property
     def config(self):
@@ -1086,6 +1116,7 @@ def pull_image(reference, platform=None):
         layers, blob = found["manifest"]["layers"], found["manifest"]["config"]
         if blob["size"] > MANIFEST_LIMIT:
             raise MockerError(f"the config of {reference} is larger than 4 MiB: no real one is")
+        drop_damaged(blob["digest"])
         fetch_blob(registry, blob, partial)
         config = check_config(read_blob(blob["digest"]), layers, str(reference))
         fetch_layers(registry, layers, config["rootfs"]["diff_ids"], partial)
@@ -1171,7 +1202,11 @@ def verify(arguments):
 
 def verify_layer(digest, diff_id, layer):
     with open(blob_path(digest), "rb") as file:
-        check_digest(file, digest, f"blob {digest[:19]}…")
+        try:
+            check_digest(file, digest, f"blob {digest[:19]}…")
+        except MockerError:
+            os.unlink(file.name)  # so that the next pull fetches it again
+            raise
         file.seek(0)
         LayerStream(file, diff_id).finish()
     os.listdir(layer)

@@ -16,12 +16,10 @@ import images
 import oracle
 import pytest
 import store
+from conftest import Mocker
 from images import DOCKER, OCI, file, layer
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="pull needs root")
-
-READY = re.compile(r"(\S+:(\d+))")
-
 
 class Served:
     """`mocker serve` over the store of `mocker`: .host, .url, .process, .said() once it has ended."""
@@ -34,9 +32,9 @@ class Served:
 
     def ask(self, path, method="GET", **headers):
         """One request, redirects not followed → (status, headers, body)"""
-        url = urllib.parse.urlsplit(urllib.parse.urljoin(self.url, path))
-        with contextlib.closing(http.client.HTTPConnection(url.netloc, timeout=10)) as connection:
-            connection.request(method, url._replace(scheme="", netloc="").geturl(), headers=headers)
+        host, _, rest = path[len("http://") :].partition("/") if path.startswith("http") else (self.host, "", path[1:])
+        with contextlib.closing(http.client.HTTPConnection(host, timeout=10)) as connection:
+            connection.request(method, f"/{rest}", headers=headers)
             answer = connection.getresponse()
             return answer.status, answer.headers, answer.read()
 
@@ -56,26 +54,38 @@ class Served:
         return self.process.returncode, said
 
 
+@contextlib.contextmanager
+def ended(served):
+    try:
+        yield served
+    finally:
+        served.process.kill()
+        served.process.communicate()
+
+
 @pytest.fixture
 def serve(mocker):
-    """serve(*options) → Served"""
+    """serve(*options) → Served, over this test's own store"""
     with contextlib.ExitStack() as stack:
+        yield lambda *options: stack.enter_context(ended(Served(mocker, *options)))
 
-        def serve(*options):
-            served = Served(mocker, *options)
-            stack.callback(served.process.wait)
-            stack.callback(served.process.kill)
-            return served
 
-        yield serve
+@pytest.fixture(scope="module")
+def served(registry, forks, tmp_path_factory):
+    """With hello-world, busybox, and team/app:1.2 of another registry; for all tests that only ask."""
+    registry.push(images.image("hello-world"), "team/app:1.2")
+    place = tmp_path_factory.mktemp("served")
+    mocker = Mocker(place / "mocker", registry.url, place)
+    for name in "hello-world", "busybox", f"{registry.host}/team/app:1.2":
+        assert forks("pull", name, env=mocker.env).returncode == 0
+    with ended(Served(mocker)) as served:
+        yield served
 
 
 @pytest.fixture
-def served(mocker, quick, serve, registry):
-    """With hello-world, busybox, and team/app:1.2 of another registry."""
-    registry.push(images.image("hello-world"), "team/app:1.2")
-    for name in "hello-world", "busybox", f"{registry.host}/team/app:1.2":
-        assert quick("pull", name).returncode == 0
+def own(quick, serve):
+    """With hello-world; for a test that does more than to ask."""
+    assert quick("pull", "hello-world").returncode == 0
     return serve()
 
 
@@ -144,7 +154,7 @@ def test_docker_takes_it_for_docker_hub(served):
         assert docker.inspect("busybox:latest")["RepoTags"] == ["busybox:latest"]
 
 
-def test_thirty_at_once(mocker, served, tmp_path):
+def test_a_class_at_once(mocker, served, tmp_path):
     pulls = [
         mocker.popen("pull", "-q", "busybox", env={"MOCKER_HOME": str(tmp_path / str(number)), "MOCKER_HUB": served.url})
         for number in range(8)
@@ -264,11 +274,11 @@ def test_the_version_check_of_docker(served):
     assert served.ask("/v2/")[0] == 401
 
 
-def test_what_is_pulled_meanwhile_is_served_too(quick, served, fake):
+def test_what_is_pulled_meanwhile_is_served_too(quick, own, fake):
     fake.put("library/late", fake.layout.image([layer([file("f")])]))
-    assert served.get("library/late/manifests/latest")[0] == 404
+    assert own.get("library/late/manifests/latest")[0] == 404
     assert quick("pull", "late", env={"MOCKER_HUB": fake.url}).returncode == 0
-    assert served.get("library/late/manifests/latest")[0] == 200
+    assert own.get("library/late/manifests/latest")[0] == 200
 
 
 # ---------------------------------------------------------------------------
@@ -317,27 +327,27 @@ def hang_up(served):
 
 def old_http(served):
     with connect(served) as connection:
-        connection.sendall(b"GET /\x1b[31m\r\n")
+        connection.sendall(b"GET /\x1b[31m\r\n\r\n")
         connection.recv(100)
 
 
 @pytest.mark.parametrize("rude", [tls, noise, nothing, reset, hang_up, old_http], ids=lambda rude: rude.__name__)
-def test_rude_clients_are_no_news(rude, quick, served, fake):
-    """No traceback on the screen, no escape codes, and the next one is served."""
+def test_rude_clients_are_no_news(rude, quick, own, fake):
+    """No traceback on the screen, no escape codes, and the next one is own."""
     fake.put("library/large", fake.layout.image([layer([file("f", os.urandom(12 << 20))])]))
     assert quick("pull", "large", env={"MOCKER_HUB": fake.url}).returncode == 0
-    rude(served)
-    assert served.get("library/hello-world/manifests/latest")[0] == 200
-    _, said = served.end()
+    rude(own)
+    assert own.get("library/hello-world/manifests/latest")[0] == 200
+    _, said = own.end()
     assert "Traceback" not in said and "Exception" not in said and "\x1b" not in said, said
 
 
-def test_its_log_has_no_secrets(served):
-    manifest = json.loads(served.get("library/hello-world/manifests/latest")[2])
-    place = served.get(f"library/hello-world/blobs/{manifest['config']['digest']}")[1]["Location"]
-    served.ask(place)
-    token = served.token("library/hello-world").partition(" ")[2]
-    _, said = served.end()
+def test_its_log_has_no_secrets(own):
+    manifest = json.loads(own.get("library/hello-world/manifests/latest")[2])
+    place = own.get(f"library/hello-world/blobs/{manifest['config']['digest']}")[1]["Location"]
+    own.ask(place)
+    token = own.token("library/hello-world").partition(" ")[2]
+    _, said = own.end()
     assert "/v2/library/hello-world/manifests/latest" in said
     assert token not in said and place.partition("Signature=")[2] not in said
 
