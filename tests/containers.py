@@ -4,11 +4,10 @@ store    mocker(...), with busybox and hello-world pulled already; its container
 run      run("busybox", "id") is `mocker run -q busybox id`, to its end
 start    start("busybox", "cat") is the same in the background: a Running; ended with the test
 host_as_before_all  as host.host_as_before, for a whole file
-image    image({"Cmd": ["id"]}, [file("etc/x")]) makes an image of busybox; → its name
+image    image({"Cmd": ["id"]}, [file("etc/x")]) makes an image of busybox and puts it in the store; → its name
 """
 
 import functools
-import itertools
 import json
 import os
 import shutil
@@ -46,12 +45,16 @@ class Running:
 
     def ip(self, *arguments):
         """What `ip -json ARGUMENTS` says in the container's network namespace."""
-        return json.loads(host.output("nsenter", f"--net=/proc/{self.pid}/ns/net", "ip", "-json", *arguments))
+        return json.loads(host.output("nsenter", f"--net=/proc/{self.pid}/ns/net", "ip", "-json", *arguments) or "[]")
 
     @functools.cached_property
     def address(self):
         [address] = [a["local"] for link in self.ip("addr") for a in link["addr_info"] if link["ifname"] == "veth1"]
         return address
+
+    def close_stdin(self):
+        self.process.stdin.close()
+        self.process.stdin = None
 
     def kill(self):
         os.kill(self.pid, 9)
@@ -87,6 +90,7 @@ def one_line(done, *words, status=125):
     """mocker refused, in one line that has these words; nothing else was said."""
     assert (done.stdout, done.returncode) == ("", status), done
     assert done.stderr.startswith("mocker: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
     return True
@@ -97,7 +101,8 @@ def host_as_before_all(pulled):
     """After all tests of a file the host is as it was before them."""
     before = host.snapshot()
     yield
-    assert not host.settled_difference(before)
+    lines = host.settled_difference(before)
+    assert not lines, "the host is not as it was before these tests:\n" + "\n".join(lines)
 
 
 @pytest.fixture(scope="session")
@@ -111,12 +116,12 @@ def pulled(registry, tmp_path_factory):
 
 def share_store(pulled, home):
     """Make `home` a store with the images of another: layers and blobs shared, containers its own."""
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     for path in pulled.iterdir():
-        if path.name in ("blobs", "layers"):
-            (home / path.name).symlink_to(path)
-        elif path.is_file():
+        if path.is_file():
             shutil.copy(path, home)
+        elif path.name in ("blobs", "layers") and not (home / path.name).exists():
+            (home / path.name).symlink_to(path)
 
 
 @pytest.fixture
@@ -150,20 +155,33 @@ def start(store):
         container.end()
 
 
-NUMBERS = itertools.count(1)
+@pytest.fixture(scope="session")
+def make_image(registry, pulled, tmp_path_factory):
+    """make_image(config, entries): pushed and pulled once for all tests that want the same."""
+    made = {}
+
+    def make(config, entries):
+        layers = [images.layer(entries)] if entries else []
+        key = json.dumps(config, sort_keys=True), *layers
+        if key not in made:
+            made[key] = f"tests/image-{len(made)}"
+            layout, base = images.Layout(tmp_path_factory.mktemp("image") / "layout"), images.image("busybox")
+            shutil.copytree(base / "blobs", layout.path / "blobs", dirs_exist_ok=True)
+            manifest = images.read_blob(base, json.loads((base / "index.json").read_text())["manifests"][0])
+            diff_ids = images.read_blob(base, manifest["config"])["rootfs"]["diff_ids"]
+            layout.tag(layout.image([*zip(manifest["layers"], diff_ids), *layers], config))
+            registry.push(layout.path, f"{made[key]}:latest")
+            Mocker(pulled, registry.url, pulled)("pull", made[key], check=True)
+        return made[key]
+
+    return make
 
 
 @pytest.fixture
-def image(registry, tmp_path):
+def image(make_image, store, pulled):
     def image(config, entries=()):
-        number = next(NUMBERS)
-        layout, base = images.Layout(tmp_path / f"layout-{number}"), images.image("busybox")
-        shutil.copytree(base / "blobs", layout.path / "blobs", dirs_exist_ok=True)
-        manifest = images.read_blob(base, json.loads((base / "index.json").read_text())["manifests"][0])
-        layers = list(zip(manifest["layers"], images.read_blob(base, manifest["config"])["rootfs"]["diff_ids"]))
-        layers += [images.layer(entries)] if entries else []
-        layout.tag(layout.image(layers, config))
-        registry.push(layout.path, f"tests/image-{number}:latest")
-        return f"tests/image-{number}"
+        name = make_image(config, entries)
+        share_store(pulled, store.home)
+        return name
 
     return image

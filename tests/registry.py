@@ -250,7 +250,7 @@ def serving(handler, address, hub):
     """Answer at a free port of the address as long as the block."""
     with Server((address, 0), handler) as server:
         server.hub = hub
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield f"{address}:{server.server_address[1]}"
         finally:

@@ -78,7 +78,7 @@ def sends(raw, where="/manifests/", then=None):
                 if then:
                     then(handler)
             handler.close_connection = True
-            return True
+        return where in handler.path
 
     return intercept
 
@@ -365,7 +365,9 @@ def test_no_token_realm_in_the_clear_from_https(pull, home, fake, tls, certifica
     refused(pull(env={"MOCKER_HUB": f"https://{tls}", "REQUESTS_CA_BUNDLE": str(certificate[0])}), home, "only https")
 
 
-@pytest.mark.parametrize("hub", ["http://127.0.0.1:1", "https://127.0.0.1:1", "http://127.0.0.1:99999", "nonsense", "ftp://127.0.0.1"])
+@pytest.mark.parametrize(
+    "hub", ["http://127.0.0.1:1", "https://127.0.0.1:1", "http://127.0.0.1:99999", "nonsense", "ftp://127.0.0.1"]
+)
 def test_a_hub_that_is_not_there(hub, pull, home):
     refused(pull(env={"MOCKER_HUB": hub}), home, "127.0.0.1|nonsense")
 
@@ -389,7 +391,15 @@ def proxy():
         listening.shutdown(socket.SHUT_RDWR)
 
 
-SECURE = ["registry.invalid/x", "127.evil.invalid/x", "127.0.0.1.invalid:5000/x", "localhost.invalid/x", "Upper/x", "0x7f.1/x", "[::2]/x"]
+SECURE = [
+    "registry.invalid/x",
+    "127.evil.invalid/x",
+    "127.0.0.1.invalid:5000/x",
+    "localhost.invalid/x",
+    "Upper/x",
+    "0x7f.1/x",
+    "[::2]/x",
+]
 
 
 @pytest.mark.parametrize("name", SECURE)
@@ -436,7 +446,6 @@ NOT_JSON = {
     "a long number": b'{"schemaVersion": ' + b"9" * 10_000 + b"}",
     "infinity": b'{"schemaVersion": 2, "layers": Infinity}',
     "escape codes": b'{"schemaVersion": 2, "mediaType": "\\u001b[31m\\u009b31m\\u202e", "layers": []}',
-    "larger than 4 MiB": b'{"schemaVersion": 2' + b" " * (5 << 20) + b"}",
 }
 
 
@@ -454,9 +463,24 @@ def test_documents_that_are_none(what, pull, home, fake):
     refused(pull(), home)
 
 
+@pytest.mark.parametrize("kind", ["manifest", "config"])
+@pytest.mark.parametrize("size", [4 << 20, (4 << 20) + 1])
+def test_documents_are_not_larger_than_4_mib(kind, size, pull, home, fake):
+    """Docker's limit: more would have to fit in memory."""
+    document = json.dumps(DOCUMENTS[kind](fake.layout)).encode()
+    blob = fake.layout.blob(document[:-1] + b" " * (size - len(document)) + b"}", OCI[kind])
+    if kind == "config":
+        blob = fake.layout.json({**DOCUMENTS["manifest"](fake.layout), "config": blob}, OCI["manifest"])
+    fake.put("library/x", blob)
+    done = pull()
+    if size > 4 << 20:
+        refused(done, home, "4 MiB")
+    assert done.returncode == (125 if size > 4 << 20 else 0)
+
+
 def paths(document, below=()):
     """Each place in a JSON document: the keys that lead to it."""
-    pairs = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    pairs = enumerate(document) if isinstance(document, list) else getattr(document, "items", list)()
     for key, value in pairs:
         yield (*below, key)
         yield from paths(value, (*below, key))
@@ -476,7 +500,7 @@ def changed(document, path, value):
 
 
 GONE = object()
-OTHER_VALUES = [GONE, None, True, 0, -1, 1.5, 2**70, "", "x", "\x1b[31m\n", "\ud800", "sha256:" + "a" * 64, [], [None], [[]], {}, {"x": {}}]
+OTHER_VALUES = [GONE, None, -1, "\x1b[31m\n", "\ud800", [None], {"x": {}}]
 DOCUMENTS = {
     "manifest": lambda layout: read(layout, good(layout)),
     "config": lambda layout: read(layout, read(layout, good(layout))["config"]),
@@ -530,7 +554,10 @@ REFUSED = {
         lambda layout: {"mediaType": "application/vnd.docker.distribution.manifest.v1+prettyjws", "layers": []},
         "schema 1",
     ),
-    "foreign": (lambda layout: with_layers(layout, mediaType="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"), "foreign"),
+    "foreign": (
+        lambda layout: with_layers(layout, mediaType="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"),
+        "foreign",
+    ),
     "nondistributable": (
         lambda layout: with_layers(layout, mediaType="application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"),
         "foreign",
@@ -544,7 +571,7 @@ REFUSED = {
     "a layer that is not there": (lambda layout: with_layers(layout, digest="sha256:" + "a" * 64), ""),
     "a byte too many": (lambda layout: with_layers(layout, size=with_layers(layout)["layers"][0]["size"] - 1), "bytes"),
     "a byte too few": (lambda layout: with_layers(layout, size=with_layers(layout)["layers"][0]["size"] + 1), "bytes"),
-    "size 0": (lambda layout: with_layers(layout, size=0), "bytes"),
+    "size 0": (lambda layout: with_layers(layout, size=0), ""),
     "a size without end": (lambda layout: with_layers(layout, size=2**63), "bytes"),
 }
 
@@ -688,25 +715,32 @@ def test_a_bomb(kind, pull, home, fake):
     assert pull(env={"MOCKER_LAYER_LIMIT": str(4 << 20)}).returncode == 0
 
 
-def peak_memory(mocker, *args, **options):
-    """→ status, bytes of its largest process"""
-    process = mocker.popen(*args, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **options)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * 1024
+PEAK = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:], stderr=subprocess.DEVNULL).returncode
+print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
 
 
-class Zeros:
-    """As images.layer wants a large content: a Path-like whose open() gives zeros."""
+def peak_memory(mocker, *args):
+    """→ status, bytes of its largest process. (By way of a small one: a fork begins with what its parent has.)"""
+    command = [sys.executable, "-c", PEAK, *mocker.command(args)]
+    said = subprocess.run(command, env=mocker.env, stdout=subprocess.PIPE, check=True).stdout
+    return map(int, said.split())
 
 
-HEADERS = {"pax": tarfile.XHDTYPE, "pax for all": tarfile.XGLTYPE, "GNU long name": tarfile.GNUTYPE_LONGNAME, "a file": tarfile.REGTYPE}
+HEADERS = {
+    "pax": tarfile.XHDTYPE,
+    "pax for all": tarfile.XGLTYPE,
+    "GNU long name": tarfile.GNUTYPE_LONGNAME,
+    "a file": tarfile.REGTYPE,
+}
 
 
 @pytest.mark.parametrize("kind", HEADERS)
 def test_memory_stays_small_whatever_the_layer(kind, mocker, home, fake, tmp_path):
-    """300 MiB of zeros, in a file, or where a tar has the long name of one."""
-    size, plain = 300 << 20, tmp_path / "tar"
+    """Zeros without end, in a file, or where a tar has the long name of one."""
+    size, plain = (200 if kind == "a file" else 100) << 20, tmp_path / "tar"
     info = tarfile.TarInfo("large")
     info.type, info.size = HEADERS[kind], size
     with open(plain, "wb") as tar:
@@ -719,8 +753,8 @@ def test_memory_stays_small_whatever_the_layer(kind, mocker, home, fake, tmp_pat
     name = fake.put("x", fake.layout.image([(fake.layout.blob(packed, OCI["gzip"]), f"sha256:{digest}")]))
     plain.unlink()
     status, peak = peak_memory(mocker, "pull", name)
-    assert status == (0 if kind == "a file" else 125)
     assert peak < 150 << 20
+    assert status == (0 if kind == "a file" else 125)
 
 
 # ---------------------------------------------------------------------------
@@ -735,7 +769,9 @@ ESCAPES = {
     "through a link with dots": [[symlink("d", "U"), file("d/new", b"evil"), file("d/secret", b"evil")]],
     "through a link of a lower layer": [[symlink("d", "V")], [file("d/new", b"evil"), file("d/secret", b"evil")]],
     "through two links": [[symlink("a", "b"), symlink("b", "V"), file("a/new", b"evil")]],
-    "through a link in the middle": [[folder("a"), symlink("a/b", "V"), file("a/b/sub/new", b"evil"), folder("a/b/deep/er")]],
+    "through a link in the middle": [
+        [folder("a"), symlink("a/b", "V"), file("a/b/sub/new", b"evil"), folder("a/b/deep/er")]
+    ],
     "over a link": [[symlink("f", "V/secret"), file("f", b"evil")], [symlink("g", "V/new")], [file("g", b"evil")]],
     "a folder over a link": [[symlink("d", "V"), folder("d", 0o777, uid=5)], [symlink("e", "V")], [folder("e", 0o777)]],
     "a hard link out": [[hardlink("f", "V/secret"), file("f", b"evil")]],
@@ -752,10 +788,15 @@ ESCAPES = {
         [folder("etc"), file("etc/new", b"evil")],
         [folder("a/d"), hardlink("a/d/new", "etc/new"), whiteout("a/d"), file("a", b""), symlink("a", "V/..")],
     ],
-    "parents that become a link": [[folder("d", 0o777), folder("d/sub", 0o777)], [file("d/sub/x", b"x"), symlink("d", "V")]],
+    "parents that become a link": [
+        [folder("d", 0o777), folder("d/sub", 0o777)],
+        [file("d/sub/x", b"x"), symlink("d", "V")],
+    ],
     "parents in a lower link": [[symlink("d", "V")], [file("d/sub/x", b"x"), whiteout("d/secret")]],
     "a whiteout through a link": [[symlink("d", "V"), whiteout("d/secret"), whiteout("d/sub")]],
-    "whiteouts with dots": [[file(".wh..", mode=0), file("a/.wh...", mode=0), file("../../../../../V/.wh.secret", mode=0)]],
+    "whiteouts with dots": [
+        [file(".wh..", mode=0), file("a/.wh...", mode=0), file("../../../../../V/.wh.secret", mode=0)]
+    ],
     "a whiteout of a whole": [[file(".wh.", mode=0)]],
     "opaque through a link": [[symlink("d", "V"), opaque("d"), opaque("d/sub")]],
     "opaque over dots": [[opaque("U"), opaque("..")]],
@@ -763,7 +804,10 @@ ESCAPES = {
     "xattrs of overlayfs": [
         [
             folder("d", pax_headers={"SCHILY.xattr.trusted.overlay.redirect": "/../../V"}),
-            file("f", pax_headers={"SCHILY.xattr.trusted.overlay.metacopy": "", "SCHILY.xattr.trusted.overlay.opaque": "y"}),
+            file(
+                "f",
+                pax_headers={"SCHILY.xattr.trusted.overlay.metacopy": "", "SCHILY.xattr.trusted.overlay.opaque": "y"},
+            ),
         ]
     ],
     "a link as the root": [[symlink(".", "V"), file("new", b"evil")], [symlink("/", "V")]],
@@ -784,33 +828,28 @@ def victim(tmp_path):
 
 def aimed(entries, victim):
     """The entries with V and U replaced."""
-    for info, content in entries:
-        names = {"U": "../" * 30 + str(victim)[1:], "V": str(victim)}
+    for original, content in entries:
+        info = original.replace(deep=True)
         for field in "name", "linkname":
-            setattr(info, field, re.sub(r"\b[UV]\b", lambda found: names[found[0]], getattr(info, field)))
+            text = re.sub(r"\bU\b", "../" * 30 + str(victim)[1:], getattr(info, field))
+            setattr(info, field, re.sub(r"\bV\b", str(victim), text))
         info.name = info.name.replace("//", "/")
         yield info, content
 
 
-def fresh(layers):
-    """Entries are changed when they are aimed, so each test needs its own."""
-    return [[(tarfile.TarInfo.frombuf(info.tobuf(), "utf-8", "strict"), content) for info, content in one] for one in layers]
-
-
 @pytest.mark.parametrize("escape", ESCAPES)
-def test_nothing_gets_out(escape, mocker, home, fake, victim, tmp_path):
+def test_nothing_gets_out(escape, quick, home, fake, victim, tmp_path):
     """Refused, or harmless and inside: as Docker does it. The victim has not even been read."""
-    layers = [[(info.replace(deep=True), content) for info, content in one] for one in ESCAPES[escape]]
-    fake.put("library/x", fake.layout.image([layer(aimed(one, victim)) for one in layers]))
+    fake.put("library/x", fake.layout.image([layer(aimed(one, victim)) for one in ESCAPES[escape]]))
     before = oracle.rootfs_listing(victim)
-    done = mocker("pull", "-q", "x", env={"MOCKER_HUB": fake.url})
+    done = quick("pull", "-q", "x", env={"MOCKER_HUB": fake.url})
     assert oracle.listing_difference(before, oracle.rootfs_listing(victim)) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layout", "mocker", "user", "victim"]
     if fine_or_refused(done, home):
         listing = store.rootfs(home, "library_x.json", tmp_path)
         assert not any(item.sha256 == before[1].sha256 for item in listing)
         assert not any("overlay.redirect" in name or "overlay.metacopy" in name for name in all_xattrs(home / "layers"))
-        assert mocker("verify").returncode == 0
+        assert quick("verify").returncode == 0
 
 
 def all_xattrs(directory):
@@ -851,6 +890,7 @@ ODD = {
     "a long link target": layer([symlink("a", "n" * 5000)]),
     "1,500 folders deep": layer([folder(name) for name in DEEP]),
     "1,500 folders deep, left out": layer([file(DEEP[-1] + "/f")]),
+    "1,500 folders deep, then refused": layer([*map(folder, DEEP), hardlink("f", "f")]),
     "3,000 folders deep": layer([file("d/" * 3000 + "f")]),
     "a file as root": layer([file(".", b"x")]),
     "a file as root, by another name": layer([file("/", b"x")]),
@@ -873,33 +913,49 @@ ODD = {
     "a sparse map that is none": pax("f", {"GNU.sparse.map": b"x", "GNU.sparse.size": b"5"}) + END,
     "a sparse map that is odd": pax("f", {"GNU.sparse.map": b"1,2,3", "GNU.sparse.size": b"5"}) + END,
     "a negative sparse map": pax("f", {"GNU.sparse.map": b"-9,5", "GNU.sparse.size": b"5"}, content=b"xxxxx") + END,
-    "a far sparse map": pax("f", {"GNU.sparse.map": b"4611686018427387904,5", "GNU.sparse.size": b"5"}, content=b"xxxxx") + END,
+    "a far sparse map": pax(
+        "f", {"GNU.sparse.map": b"4611686018427387904,5", "GNU.sparse.size": b"5"}, content=b"xxxxx"
+    )
+    + END,
     "a large sparse file": pax("f", {"GNU.sparse.map": b"0,5", "GNU.sparse.size": b"9" * 18}, content=b"xxxxx") + END,
     "a sparse size that is negative": pax("f", {"GNU.sparse.map": b"0,0", "GNU.sparse.size": b"-1"}) + END,
     "a sparse map without content": pax("f", {"GNU.sparse.map": b"0,99999", "GNU.sparse.size": b"99999"}) + END,
-    "a sparse 1.0 without a map": pax("f", {"GNU.sparse.major": b"1", "GNU.sparse.minor": b"0", "GNU.sparse.name": b"g"}, content=b"x") + END,
+    "a sparse 1.0 without a map": pax(
+        "f", {"GNU.sparse.major": b"1", "GNU.sparse.minor": b"0", "GNU.sparse.name": b"g"}, content=b"x"
+    )
+    + END,
     "a device out of range": layer([device("d", 0o7777777, 0o7777777)]),
     "a whiteout as a device": layer([device("d", 0, 0)]),
-    "xattrs that can not be": pax("f", {"SCHILY.xattr.": b"x", "SCHILY.xattr.none": b"x", "SCHILY.xattr.user.x\0y": b"z"}) + END,
+    "xattrs that can not be": pax(
+        "f", {"SCHILY.xattr.": b"x", "SCHILY.xattr.none": b"x", "SCHILY.xattr.user.x\0y": b"z"}
+    )
+    + END,
     "an xattr too large": pax("f", {"SCHILY.xattr.user.x": b"x" * 100_000}) + END,
     "a multi-volume file": layer([entry("f", b"M", 0o644)]),
     "the same name a thousand times": layer([file("f", str(n).encode()) for n in range(1000)]),
-    "a folder and a file in turn": layer([one for n in range(50) for one in (folder("d"), file("d/f"), file("d"), symlink("d", "e"))]),
-    "whiteouts of everything": layer([folder("d"), file("d/f"), whiteout("d"), whiteout("d/f"), opaque("d"), whiteout("d")]),
+    "a folder and a file in turn": layer(
+        [one for n in range(50) for one in (folder("d"), file("d/f"), file("d"), symlink("d", "e"))]
+    ),
+    "whiteouts of everything": layer(
+        [folder("d"), file("d/f"), whiteout("d"), whiteout("d/f"), opaque("d"), whiteout("d")]
+    ),
 }
 
 
 @pytest.mark.parametrize("what", ODD)
-def test_odd_tars(what, quick, home, fake, tmp_path):
+def test_odd_tars(what, quick, home, fake):
     """Unpacked, or refused; then nothing of it is left, and mocker still works."""
     hub = {"MOCKER_HUB": fake.url}
     fake.put("library/x", fake.layout.image([layer([file("lower")]), ODD[what]]))
-    if fine_or_refused(quick("pull", "-q", "x", env=hub), home):
-        assert quick("verify").returncode == 0
     fake.put("library/good", good(fake.layout))
-    assert quick("pull", "-q", "good", env=hub).returncode == 0
-    assert store.faults(home) == []
-    subprocess.run(["rm", "-rf", home], check=True)  # deeper than pytest can go
+    try:
+        if fine_or_refused(quick("pull", "-q", "x", env=hub), home):
+            assert quick("verify").returncode == 0
+        else:
+            assert quick("pull", "-q", "good", env=hub).returncode == 0
+            assert store.faults(home) == []
+    finally:
+        subprocess.run(["rm", "-rf", home], check=True)  # deeper than pytest can go
 
 
 def test_deep_folders_are_no_fault(mocker, home, fake):
@@ -910,7 +966,16 @@ def test_deep_folders_are_no_fault(mocker, home, fake):
 
 
 def test_names_are_never_raw_on_the_terminal(quick, fake):
-    names = ["red\x1b[31m", "title\x1b]0;x\x07", "c1\x9b31m", "line\nmocker: fake", "back\r\x08", "rtl\u202egnp.exe", "\x7f", "caf\udce9"]
+    names = [
+        "red\x1b[31m",
+        "title\x1b]0;x\x07",
+        "c1\x9b31m",
+        "line\nmocker: fake",
+        "back\r\x08",
+        "rtl\u202egnp.exe",
+        "\x7f",
+        "caf\udce9",
+    ]
     tar = layer([file(name) for name in names], tarfile.GNU_FORMAT)
     done = quick("pull", fake.put("x", fake.layout.image([tar])))
     assert done.returncode == 0, done.stderr
@@ -924,11 +989,12 @@ def test_names_are_never_raw_on_the_terminal(quick, fake):
 @pytest.mark.parametrize("name", ["null", "disk", "mem"])
 def test_devices_of_an_image_can_not_be_used(name, mocker, fake):
     """They are there, as with Docker, but what is mounted is mounted nodev."""
-    numbers = {"null": (1, 3, b"3"), "disk": (os.major(os.stat("/").st_dev), os.minor(os.stat("/").st_dev), tarfile.BLKTYPE), "mem": (1, 1, b"3")}
+    root = os.stat("/").st_dev
+    numbers = {"null": (1, 3), "disk": (os.major(root), os.minor(root), tarfile.BLKTYPE), "mem": (1, 1)}
     node = device("node", *numbers[name])
     busybox = file("bin/busybox", Path("/bin/busybox").read_bytes(), 0o755)
     reference = fake.put("x", fake.layout.image([layer([busybox, node])]))
-    done = mocker("run", "-q", "--rm", "--network=none", reference, "/bin/busybox", "dd", "if=/node", "count=1", "of=/out")
+    done = mocker("run", "-q", "--rm", "--network=none", reference, "/bin/busybox", "head", "-c1", "/node")
     assert done.returncode == 1 and "ermission denied" in done.stderr
 
 
@@ -936,21 +1002,25 @@ def test_devices_of_an_image_can_not_be_used(name, mocker, fake):
 # Whatever hypothesis thinks of
 # ---------------------------------------------------------------------------
 
-many = settings(deadline=None, max_examples=80, suppress_health_check=list(HealthCheck), derandomize=True)
+many = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mocker as program  # noqa: E402
 
-WORDS = st.sampled_from(["a", "b-c", "A", "1.2", "_", "localhost", "127.0.0.1", "docker.io", "sha256:" + "a" * 64, "[::1]", "é", "\n", ""])
+WORDS = st.sampled_from(
+    ["a", "b-c", "A", "1.2", "_", "localhost", "127.0.0.1", "docker.io", "sha256:" + "a" * 64, "[::1]", "é", "\n", ""]
+)
 REFERENCES = st.one_of(
     st.text(max_size=30),
     st.text("aZ0._-/:@[]", max_size=20),
     st.lists(st.one_of(WORDS, st.sampled_from("/:@")), max_size=8).map("".join),
-    st.from_regex(r"\A([a-z0-9.]{1,8}(:[0-9]{1,5})?/)?[a-z]{1,5}([._-][a-z]{1,3})?(/[a-z0-9]{1,3})?(:\w[\w.-]{0,5})?(@sha256:[0-9a-f]{64})?\Z"),
+    st.from_regex(
+        r"\A([a-z0-9.]{1,8}(:[0-9]{1,5})?/)?[a-z]{1,5}([._-][a-z]{1,3})?(/[a-z0-9]{1,3})?(:\w[\w.-]{0,5})?(@sha256:[0-9a-f]{64})?\Z"
+    ),
 )
 
 
-@settings(many, max_examples=1500)
+@settings(many, max_examples=600)
 @given(REFERENCES, st.one_of(st.none(), st.text(max_size=5)))
 def test_any_reference(text, tag):
     """It is refused, or it can be written down, read again, and kept as a file of one directory."""
@@ -967,12 +1037,40 @@ def test_any_reference(text, tag):
 
 
 KEYS = st.sampled_from(
-    "schemaVersion mediaType config layers manifests digest size platform os architecture variant rootfs diff_ids history"
-    " created_by empty_layer Env Cmd Entrypoint WorkingDir User annotations".split()
+    [
+        "schemaVersion",
+        "mediaType",
+        "config",
+        "layers",
+        "manifests",
+        "digest",
+        "size",
+        "annotations",
+        "Env",
+        "Cmd",
+        "User",
+    ]
+    + ["platform", "os", "architecture", "variant", "rootfs", "diff_ids", "history", "created_by", "Entrypoint"]
 )
 VALUES = st.recursive(
     st.one_of(
-        st.sampled_from([None, True, 0, -1, 2, 2**80, 1.5, "", "linux", images.MACHINE, "\x1b[31m", "sha256:" + "a" * 64, *OCI.values()]),
+        st.sampled_from(
+            [
+                None,
+                True,
+                0,
+                -1,
+                2,
+                2**80,
+                1.5,
+                "",
+                "linux",
+                images.MACHINE,
+                "\x1b[31m",
+                "sha256:" + "a" * 64,
+                *OCI.values(),
+            ]
+        ),
         st.text(max_size=5),
     ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=5)),
@@ -981,7 +1079,7 @@ VALUES = st.recursive(
 
 
 @many
-@given(st.sampled_from(["manifest", "index", "config"]), st.dictionaries(KEYS, VALUES, max_size=6))
+@given(kind=st.sampled_from(["manifest", "index", "config"]), document=st.dictionaries(KEYS, VALUES, max_size=6))
 def test_any_document(kind, document, pull, home, fake):
     put_document(fake, kind, document)
     fine_or_refused(pull(), home)
@@ -990,7 +1088,7 @@ def test_any_document(kind, document, pull, home, fake):
 
 
 @many
-@given(st.data())
+@given(data=st.data())
 def test_any_damage_to_a_tar(data, pull, home, fake):
     """Some bytes of a tar are other ones, with digests to match."""
     tar = bytearray(SMALL)
@@ -1006,7 +1104,13 @@ def test_any_damage_to_a_tar(data, pull, home, fake):
 
 
 SMALL = layer(
-    [folder("d"), file("d/f", b"x" * 700, pax_headers={"SCHILY.xattr.user.a": "b"}), symlink("s", "d"), hardlink("h", "d/f"), device("n", 1, 3)]
+    [
+        folder("d"),
+        file("d/f", b"x" * 700, pax_headers={"SCHILY.xattr.user.a": "b"}),
+        symlink("s", "d"),
+        hardlink("h", "d/f"),
+        device("n", 1, 3),
+    ]
 )
 HEADS = [place for place in range(0, len(SMALL), 512) if SMALL[place + 257 : place + 262] == b"ustar"]
 HEADER_BYTES = [place + offset for place in HEADS for offset in range(345)]
@@ -1021,22 +1125,22 @@ def mended(tar):
     return tar
 
 
-NAMES = st.sampled_from(["a", "b", "a/x", "a/y", "b/x", "a/x/deep", "b/x/deep"])
+NAMES = st.sampled_from(["a/x", "a/y", "b/x", "a/x/deep", "b/x/deep"])
 ENTRIES = st.lists(
     st.one_of(
         NAMES.map(folder),
         st.tuples(NAMES, st.binary(max_size=3)).map(lambda pair: file(*pair)),
-        NAMES.map(whiteout),
-        NAMES.map(opaque),
         NAMES.map(lambda name: symlink(name, "nowhere")),
+        st.sampled_from(["a/x", "a/y", "b/x"]).map(whiteout),
+        st.sampled_from(["a", "b"]).map(opaque),
     ),
-    max_size=5,
-    unique_by=lambda pair: os.path.basename(pair[0].name).replace(".wh.", "") + os.path.dirname(pair[0].name),
-)
+    max_size=6,
+    unique_by=lambda pair: pair[0].name.replace(".wh.", ""),
+).map(lambda entries: [folder("a"), folder("b"), *entries])  # umoci makes no folder for a whiteout, Docker does
 
 
 @settings(many, max_examples=40)
-@given(st.lists(ENTRIES, min_size=2, max_size=3))
+@given(layers=st.lists(ENTRIES, min_size=2, max_size=3))
 def test_any_layers_unpack_like_umocis(layers, pull, home, fake, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("any")
     descriptor = fake.layout.image([layer(entries) for entries in layers])

@@ -99,7 +99,7 @@ CASES = {
     ],
     "whiteouts": [
         BASE,
-        [whiteout("etc/motd"), whiteout("etc/deep"), whiteout("link"), whiteout("tool"), whiteout("never/was")],
+        [whiteout("etc/motd"), whiteout("etc/deep"), whiteout("link"), whiteout("tool"), whiteout("etc/never")],
     ],
     "whiteouts leave the parents as they are": [BASE, [whiteout("etc/deep/er/x")]],
     "whiteouts are for lower layers": [
@@ -202,7 +202,8 @@ UMOCI_TOUCHES = {  # it deletes a folder's files one by one, and then forgets th
 def pull(mocker, fake, descriptor):
     """As library/image."""
     fake.put("library/image", descriptor)
-    return mocker("pull", "image", env={"MOCKER_HUB": fake.url}, check=True)
+    done = mocker("pull", "image", env={"MOCKER_HUB": fake.url})
+    assert done.returncode == 0, done.stderr
 
 
 def by_umoci(fake, descriptor, directory):
@@ -232,9 +233,9 @@ def docker():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_rootfs_equals_umocis_and_dockers(case, mocker, home, fake, tmp_path, docker):
+def test_the_rootfs_equals_umocis_and_dockers(case, quick, home, fake, tmp_path, docker):
     descriptor = fake.layout.image([layer(entries) for entries in CASES[case]])
-    pull(mocker, fake, descriptor)
+    pull(quick, fake, descriptor)
     umocis = without_times(by_umoci(fake, descriptor, tmp_path / "bundle"), CASES[case], UMOCI_TOUCHES.get(case))
     ours = without_times(store.rootfs(home, "library_image.json", tmp_path), CASES[case], UMOCI_TOUCHES.get(case))
     assert oracle.listing_difference(umocis, ours) == []
@@ -302,7 +303,9 @@ def test_the_formats_of_gnu_tar(options, mocker, home, fake, tree, tmp_path):
 def test_names_of_bytes_that_are_no_text(mocker, home, fake, tmp_path):
     name = b"caf\xe9\xff".decode("utf-8", "surrogateescape")
     entries = [folder(name), file(f"{name}/{name}", b"x"), symlink("link", name), hardlink("hard", f"{name}/{name}")]
-    descriptor = fake.layout.image([layer(entries, tarfile.GNU_FORMAT), layer([whiteout(f"{name}/{name}")], tarfile.GNU_FORMAT)])
+    descriptor = fake.layout.image(
+        [layer(entries, tarfile.GNU_FORMAT), layer([whiteout(f"{name}/{name}")], tarfile.GNU_FORMAT)]
+    )
     pull(mocker, fake, descriptor)
     umocis = by_umoci(fake, descriptor, tmp_path / "bundle")
     ours = store.rootfs(home, "library_image.json", tmp_path)
@@ -327,7 +330,10 @@ TYPES = [OCI["plain"], OCI["gzip"], OCI["zstd"], DOCKER["gzip"], DOCKER["zstd"],
 @pytest.mark.parametrize("packed", PACKED)
 def test_the_first_bytes_tell_how_a_layer_is_packed(packed, quick, home, fake, tmp_path):
     for number, media_type in enumerate(TYPES):
-        fake.put(f"library/{number}", fake.layout.image([(fake.layout.blob(PACKED[packed], media_type), images.digest(SOME))]))
+        fake.put(
+            f"library/{number}",
+            fake.layout.image([(fake.layout.blob(PACKED[packed], media_type), images.digest(SOME))]),
+        )
         done = quick("pull", number, env={"MOCKER_HUB": fake.url})
         assert (media_type, done.returncode) == (media_type, 0), done.stderr
     [item] = [item for item in store.rootfs(home, "library_0.json", tmp_path) if item.path == "d/f"]
@@ -349,7 +355,7 @@ def test_an_image_without_layers(mocker, home, fake):
 
 def test_a_hard_link_to_a_file_of_a_lower_layer(mocker, home, fake, tmp_path):
     """Docker's overlay2 refuses it; umoci, and Docker's other drivers, link to it."""
-    upper = [folder("d", mtime=1), hardlink("d/motd", "etc/motd"), hardlink("d/s", "link")]
+    upper = [folder("d", mtime=1), hardlink("d/motd", "etc/motd"), hardlink("tool2", "tool")]
     descriptor = fake.layout.image([layer(BASE), layer(upper)])
     pull(mocker, fake, descriptor)
     umocis = by_umoci(fake, descriptor, tmp_path / "bundle")
@@ -387,5 +393,8 @@ def test_127_layers_run(mocker, fake):
 def test_real_images_equal_umocis(name, registry, mocker, home, tmp_path):
     mocker("pull", registry.need(f"library/{name}"), check=True)
     subprocess.run(["umoci", "unpack", "--image", f"{images.image(name)}:latest", tmp_path / "bundle"], check=True)
-    umocis, ours = oracle.rootfs_listing(tmp_path / "bundle/rootfs"), store.rootfs(home, f"library_{name}.json", tmp_path)
+    umocis, ours = (
+        oracle.rootfs_listing(tmp_path / "bundle/rootfs"),
+        store.rootfs(home, f"library_{name}.json", tmp_path),
+    )
     assert oracle.listing_difference(without_root(umocis), without_root(ours)) == []

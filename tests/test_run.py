@@ -83,9 +83,10 @@ def test_no_command_at_all(run, image, options):
     one_line(run(*options, name), "no command")
 
 
-def test_arguments_reach_the_program_as_they_are(run):
+def test_arguments_reach_the_program_as_they_are(store):
     arguments = ["", "a b", "$HOME", "*", "'", '"', "\\", "a\nb", "é\u2028", "--rm", "-q", "--", "-x=1"]
-    done = run("busybox", "printf", "[%s]", *arguments)
+    done = store("run", "busybox", "printf", "[%s]", *arguments)
+    assert done.stderr.startswith('Running "printf [%s]')
     assert done.stdout == "".join(f"[{argument}]" for argument in arguments)
 
 
@@ -127,6 +128,16 @@ def test_environment_given(run, image):
 )
 def test_working_directory(run, image, config, options, expected):
     assert run(*options, image(config), "pwd").stdout == f"{expected}\n"
+
+
+def test_working_directory_is_made_though_the_user_may_not(run):
+    done = run("-u", "daemon", "-w", "/new/dir", "busybox", "pwd")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "/new/dir\n", "")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/etc/passwd/x"])
+def test_a_working_directory_that_cannot_be(run, path):
+    one_line(run("-w", path, "busybox", "pwd"), path)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +222,7 @@ SCRIPTS = [
     ],
 )
 def test_programs_that_cannot_run(run, image, command, status):
-    name = image({"Cmd": command}, SCRIPTS)
-    run(name)  # pulls it
-    one_line(run(name), status=status)
+    one_line(run(image({}, SCRIPTS), *command), status=status)
 
 
 def test_path_is_the_container_s(run):

@@ -1,0 +1,281 @@
+"""What mocker leaves on the host: nothing. After success, failure, SIGTERM and kill -9; and when many run at once."""
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import host
+import images
+import pytest
+from containers import one_line, until
+
+pytestmark = pytest.mark.usefixtures("pulled", "host_as_before")  # in this order
+host_as_before = host.host_as_before
+
+RUNS = int(os.environ.get("MOCKER_TEST_RUNS", 40))  # in a row
+AT_ONCE = int(os.environ.get("MOCKER_TEST_AT_ONCE", 50))
+BATCH = 400 // AT_ONCE  # pairs that talk at a time: the kernel knows 1,024 neighbours, in all namespaces together
+
+
+def children(process):
+    return [pid for pid in host.pids() if (host.process_status(pid) or {}).get("parent") == process.pid]
+
+
+def ended(pid):
+    status = host.process_status(pid)
+    return not status or status["state"] == "Z"
+
+
+# ---- runs that end, one way or the other ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [[], ["--rm"], ["--network=none"], ["--network=host"], ["--memory=64m"], ["--read-only"]])
+def test_success(run, options):
+    assert run(*options, "busybox", "true").returncode == 0
+
+
+def test_a_failing_program(run):
+    assert run("busybox", "false").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["no/such/image"], 125),
+        (["busybox", "no-such-program"], 127),
+        (["busybox", "/etc/passwd"], 126),
+        (["-u", "no-such-user", "busybox", "true"], 125),
+        (["-w", "/etc/passwd", "busybox", "true"], 125),
+        (["-v", "/etc/passwd:/etc", "busybox", "true"], 125),
+        (["-v", "/etc:/etc/passwd", "busybox", "true"], 125),
+        (["-v", "/etc:/bin/sh/x", "busybox", "true"], 125),
+        (["-e", "=x", "busybox", "true"], 125),
+        (["-p", "203.0.113.9:80:80", "busybox", "true"], 125),
+        (["--hostname", "x" * 300, "busybox", "true"], 125),
+        (["--cap-add", "NONSENSE", "busybox", "true"], 125),
+    ],
+)
+def test_failure(run, store, arguments, status):
+    one_line(run(*arguments), status=status)
+
+
+@pytest.mark.parametrize(
+    ("config", "entries", "status"),
+    [
+        ({}, [], 125),  # no command
+        ({"Cmd": ["/gone"]}, [], 127),
+        ({"Cmd": ["true"], "User": "stranger"}, [], 125),
+        ({"Cmd": ["true"], "WorkingDir": "relative"}, [], 125),
+        ({"Cmd": ["true"], "WorkingDir": "/bin/sh"}, [], 125),
+        ({"Cmd": ["true"]}, [images.file("proc", b"")], 125),
+        ({"Cmd": ["true"]}, [images.file("dev", b"")], 125),
+        ({"Cmd": ["true"]}, [images.file("etc", b"")], 125),
+        ({"Cmd": ["true"]}, [images.symlink("sys", "/etc")], 125),
+    ],
+)
+def test_failure_by_an_image(run, image, config, entries, status):
+    one_line(run(image(config, entries)), status=status)
+
+
+def test_a_container_that_was_removed_meanwhile(store, start):
+    """Somebody deletes its directory while it runs."""
+    container = start("busybox", "cat")
+    subprocess.run(["rm", "-rf", store.home / "containers" / container.id], check=True)
+    container.close_stdin()
+    assert container.process.wait(20) in (0, 125)
+
+
+# ---- SIGTERM, SIGINT and kill -9 at any moment ---------------------------------------------------
+
+MOMENTS = [0.02, 0.05, 0.08, 0.11, 0.14, 0.17, 0.2, 0.25, 0.3, 0.4]  # seconds: a run takes about 0.2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_at_any_moment_of_a_start(store, number):
+    """The program ends at the first one that reaches it; mocker itself at once, and nothing is left."""
+    for moment in MOMENTS:
+        process = store.popen("run", "--rm", "busybox", "sh", "-c", "trap 'exit 9' HUP INT TERM; while :; do sleep 0.01; done")
+        time.sleep(moment)
+        deadline = time.monotonic() + 20
+        while process.poll() is None and time.monotonic() < deadline:
+            process.send_signal(number)  # again: pid 1 may not have set its trap yet
+            time.sleep(0.1)
+        out, err = process.communicate(timeout=1)
+        python_began = err.rstrip().endswith("KeyboardInterrupt")
+        assert python_began or process.returncode in (9, 128 + number, -number, 137), (moment, err)
+        assert python_began or "Traceback" not in err, (moment, err)
+        assert not list(store.home.glob("containers/*"))
+
+
+@pytest.mark.parametrize("options", [["--rm"], ["-u", "daemon"], ["--network=host", "-v", "/etc:/x"]])
+def test_kill_9_at_any_moment(store, options):
+    """The container dies with mocker; the next command clears away the rest."""
+    before = host.snapshot()
+    for moment in MOMENTS:
+        process = store.popen("run", *options, "busybox", "sleep", "1000")
+        time.sleep(moment)
+        inside = children(process)
+        process.kill()
+        process.communicate()
+        with contextlib.suppress(AssertionError):
+            until(lambda: all(map(ended, inside)), seconds=5)
+        alive = [host.describe_process(pid) for pid in inside if not ended(pid)]
+        assert store("images").returncode == 0
+        assert not alive, f"killed after {moment} s, its container lives on"
+        lines = host.settled_difference(before)
+        assert not lines, f"killed after {moment} s:\n" + "\n".join(lines)
+
+
+def test_after_kill_9_the_next_command_says_what_it_does(store, start):
+    container = start("--rm", "-p", f"127.0.0.1:{free_port()}:80", "busybox", "sleep", "1000")
+    container.process.kill()
+    container.process.wait()
+    done = store("images")
+    assert done.returncode == 0 and "hello-world" in done.stdout
+    assert container.id in done.stderr and "killed" in done.stderr
+    assert not (store.home / "containers" / container.id).exists()
+    assert store("images").stderr == ""
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_kill_9_leaves_the_other_containers_alone(store, start, run):
+    other, killed = start("busybox", "cat"), start("busybox", "cat")
+    address = killed.address
+    killed.process.kill()
+    killed.process.wait()
+    assert store("images").returncode == 0
+    assert run("busybox", "ping", "-c1", "-W5", other.address).returncode == 0
+    assert start("busybox", "cat").address == address
+    other.process.stdin.write("still here\n")
+    other.close_stdin()
+    assert other.process.stdout.read() == "still here\n"
+
+
+def test_another_s_leftovers_are_no_hindrance(store, run):
+    """Killed between two system calls: an empty file in /run/mocker, which nobody holds."""
+    os.makedirs("/run/mocker", exist_ok=True)
+    with open("/run/mocker/0badcafe.json", "w"):
+        pass
+    assert run("busybox", "true").returncode == 0
+    assert not os.path.exists("/run/mocker/0badcafe.json")
+
+
+# ---- in a row, and at once -----------------------------------------------------------------------
+
+
+def kernel_objects():
+    """What would grow by a leak, though no name is left: mounts, cgroups that can't die, open files."""
+    found = {line.split()[0]: int(line.split()[2]) for line in host.content("/proc/cgroups").splitlines()[1:]}
+    found["mounts"] = len(list(host.mountinfo()))
+    found["hundreds of open files"] = int(host.content("/proc/sys/fs/file-nr").split()[0]) // 100
+    return found
+
+
+def test_many_runs_in_a_row_leak_nothing(run):
+    run("--rm", "busybox", "true", check=True)
+    before = kernel_objects()
+    for _ in range(RUNS):
+        run("--rm", "busybox", "true", check=True)
+    few = RUNS / 2
+
+    def grown():
+        return [kind for kind, number in kernel_objects().items() if number - before[kind] > few]
+
+    until(lambda: not grown(), lambda: f"after {RUNS} runs there are more: {grown()}", 10)
+
+
+def test_many_containers_at_once_reach_each_other_and_end_clean(start):
+    """Each is told the addresses of all by its stdin, and says whom it has reached."""
+    script = "while read address; do ping -c1 -W20 $address >/dev/null && echo $address || echo lost; done"
+
+    def meet(container, everyone):
+        container.process.stdin.write("".join(f"{address}\n" for address in everyone))
+        container.process.stdin.flush()
+        return [container.process.stdout.readline().strip() for _ in everyone]
+
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads:
+        containers = list(threads.map(lambda _: start("--rm", "busybox", "sh", "-c", script), range(AT_ONCE)))
+        addresses = sorted(container.address for container in containers)
+        assert len(set(addresses)) == AT_ONCE
+        for first in range(0, AT_ONCE, BATCH):
+            batch = containers[first : first + BATCH]
+            assert list(threads.map(meet, batch, [addresses] * AT_ONCE)) == [addresses] * len(batch)
+            for container in containers:
+                container.ip("neigh", "flush", "all")
+        for container in containers:
+            container.close_stdin()
+        assert list(threads.map(lambda container: container.process.wait(60), containers)) == [0] * AT_ONCE
+
+
+def test_other_commands_meanwhile_disturb_nothing(store, run):
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        runs = [threads.submit(run, "--rm", "busybox", "echo", number) for number in range(16)]
+        looks = [threads.submit(store, "images") for _ in range(16)]
+        assert [one.result().stdout for one in runs] == [f"{number}\n" for number in range(16)]
+        assert {(one.result().returncode, one.result().stderr) for one in looks} == {(0, "")}
+
+
+def test_three_runs_at_once_of_an_image_that_is_not_there(mocker):
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        done = list(threads.map(lambda _: mocker("run", "-q", "hello-world"), range(3)))
+    assert [one.stdout for one in done] == [images.HELLO.decode()] * 3
+
+
+# ---- a poor host ---------------------------------------------------------------------------------
+
+
+def test_a_full_disk(store, pulled):
+    """MOCKER_HOME on a disk where nothing fits any more."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "mocker-small", store.home], check=True)
+    try:
+        for name in "blobs", "layers":
+            (store.home / name).symlink_to(pulled / name)
+        (store.home / "library_busybox.json").write_bytes((pulled / "library_busybox.json").read_bytes())
+        with contextlib.suppress(OSError), open(store.home / "filler", "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        one_line(store("run", "-q", "busybox", "true"), "No space left")
+    finally:
+        subprocess.run(["umount", store.home], check=True)
+
+
+def test_a_log_that_does_not_fit_does_not_stop_the_container(store, pulled):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "mocker-small", store.home], check=True)
+    try:
+        for name in "blobs", "layers":
+            (store.home / name).symlink_to(pulled / name)
+        (store.home / "library_busybox.json").write_bytes((pulled / "library_busybox.json").read_bytes())
+        done = store("run", "-q", "busybox", "seq", 200_000)
+        assert done.stdout.count("\n") == 200_000
+    finally:
+        subprocess.run(["umount", store.home], check=True)
+
+
+@pytest.mark.parametrize("command", [["run", "busybox", "true"], ["pull", "busybox"]])
+def test_not_root(store, command):
+    # may read everything, or a checkout in root's home could not even be started
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=+dac_read_search",
+                 "--ambient-caps=+dac_read_search"]  # fmt: skip
+    done = subprocess.run([*as_nobody, *store.command(command)], env=store.env, capture_output=True, text=True)
+    one_line(done, "root", "sudo")
+
+
+def test_a_root_without_cap_sys_admin(store):
+    plain = ["setpriv", "--bounding-set=-sys_admin"]
+    done = subprocess.run([*plain, *store.command(["run", "busybox", "true"])], env=store.env, capture_output=True, text=True)
+    one_line(done, "CAP_SYS_ADMIN", "privileged")
+
+
+def test_not_linux(store):
+    program = "import runpy, sys; sys.platform = 'darwin'; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", program, *store.command(["run", "busybox", "true"])[1:]]
+    one_line(subprocess.run(command, env=store.env, capture_output=True, text=True), "Linux")
