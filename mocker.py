@@ -74,7 +74,7 @@ class MockerError(Exception):
 
 def printable(text):
     """Names from an image may hold newlines and escape codes; those must not reach the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 def write_line(text, style=""):
     line = f"{story.style[style]}{printable(text)}{story.style['end'] * bool(style)}\n"
@@ -219,6 +219,9 @@ class Registry:
         self.session.max_redirects = 10
         self.session.hooks["response"] = [self.check_response]
         # A digest is of the bytes as they are stored, so no compression on the way.
+        self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
+        excepted = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", "127.0.0.0/8", "::1"]
+        os.environ["no_proxy"] = ",".join(filter(None, excepted))
         self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity"})
         patience = Retry(ATTEMPTS, read=1, backoff_factor=0.3, status_forcelist=(500, 502, 503, 504), raise_on_status=False,
                          redirect=0, respect_retry_after_header=False)
@@ -250,6 +253,7 @@ class Registry:
         import time
 
         import requests
+        import urllib3
 
         try:
             for _ in range(ATTEMPTS):
@@ -260,7 +264,7 @@ class Registry:
                 wait = response.headers.get("Retry-After", "")
                 if response.status_code == 401 and "WWW-Authenticate" in response.headers:
                     self.answer(response.headers["WWW-Authenticate"])  # the first, or one that has expired
-                elif response.status_code == 429 and wait.isdigit() and int(wait) <= 10:
+                elif response.status_code == 429 and re.fullmatch("[0-9]|10", wait):
                     time.sleep(int(wait))
                 else:
                     break
@@ -269,7 +273,7 @@ class Registry:
                               "in REQUESTS_CA_BUNDLE, or check the clock") from None
         except requests.exceptions.TooManyRedirects:
             raise MockerError(f"{self.base} redirects without end: try again later, or name a mirror in MOCKER_HUB") from None
-        except requests.exceptions.RequestException as error:
+        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # whatever an odd address leads to
             raise MockerError(f"{self.base} can't be reached ({root_cause(error)}): check the network, "
                               "or name a mirror in MOCKER_HUB") from None
         if response.status_code not in (200, 206):
@@ -303,7 +307,7 @@ class Registry:
         if scheme.lower() == "basic" and credentials:
             self.authorization = "Basic " + base64.b64encode(":".join(credentials).encode()).decode()
         elif scheme.lower() == "bearer":
-            asked = parse_keqv_list([item for item in parse_http_list(rest) if "=" in item])
+            asked = parse_keqv_list([item for item in parse_http_list(rest) if re.search("=.", item)])
             self.authorization = "Bearer " + self.fetch_token(asked, credentials)
         else:
             raise MockerError(f"{self.reference.host} wants a name and a password: docker login {self.reference.host}")
@@ -323,7 +327,9 @@ class Registry:
             import base64
 
             prove("the token's claims, decoded", base64.urlsafe_b64decode(token.split(".")[1] + "==").decode())
-        return token.strip()
+        if not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise MockerError(f"{realm} gives a token that no header can hold: try again, or name a mirror in MOCKER_HUB")
+        return token
 
 def no_netrc(request):
     """An `auth` that adds nothing: without any, requests would take one from ~/.netrc."""
@@ -447,7 +453,8 @@ def choose_platform(index, wanted, what):
         name = "/".join(str(platform[key]) for key in ("os", "architecture", "variant") if platform.get(key))
         if not name.startswith("unknown"):
             there.setdefault(name, entry)
-    for name in (wanted, f"{wanted}/v8", re.sub("/v.*", "", wanted), ""):
+    older = [re.sub("v[67]$", f"v{n}", wanted) for n in (6, 5) if wanted.startswith("linux/arm/")]
+    for name in (wanted, f"{wanted}/v8", re.sub("/v8$", "", wanted), *older, ""):
         if name in there:
             prove(f"the index's platforms: {', '.join(there)}; chosen", name)
             return descriptor(there[name], f"an entry of {what}")
@@ -502,7 +509,7 @@ def fetch_blob(registry, blob, partial, received=lambda count: None):
     digest, size, idle = blob["digest"], blob["size"], 0
     if os.path.exists(blob_path(digest)):
         return
-    with open(os.path.join(partial, digest.replace(":", "-")), "w+b") as file:
+    with open(os.path.join(partial, f"{os.getpid()}-{digest[7:]}"), "w+b") as file:
         while file.tell() < size and idle < ATTEMPTS:
             offset = file.tell()
             response = registry.get(f"blobs/{digest}", **({"Range": f"bytes={offset}-"} if offset else {}))
@@ -578,9 +585,14 @@ def save_blob(digest, raw):
 def write_file(path, content):
     """Whole, or not at all: under a name of our own, then renamed."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.{os.getpid()}.new", "wb") as file:
-        file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode() + b"\n")
-    os.rename(file.name, path)
+    mine = f"{path}.{os.getpid()}.new"
+    try:
+        with open(mine, "wb") as file:
+            file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode() + b"\n")
+        os.rename(mine, path)
+    except OSError:
+        os.unlink(mine)
+        raise
 
 @contextlib.contextmanager
 def locked(directory, wait=True):
@@ -596,18 +608,15 @@ def locked(directory, wait=True):
 @contextlib.contextmanager
 def partial_directory():
     """For one pull's unfinished work. Those of pulls that were killed are removed first."""
-    import shutil
-
-    os.makedirs(store("partial"), exist_ok=True)
-    for name in os.listdir(store("partial")):
-        with contextlib.suppress(BlockingIOError), locked(store("partial", name), wait=False):
-            shutil.rmtree(store("partial", name), ignore_errors=True)
     path = store("partial", os.urandom(6).hex())
-    with locked(path):
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.ExitStack() as mine:
+        with locked(store("partial")):  # nobody clears up between our making it and our locking it
+            for name in os.listdir(store("partial")):
+                with contextlib.suppress(BlockingIOError), locked(store("partial", name), wait=False):
+                    run_tool(["rm", "-rf", store("partial", name)])
+            mine.enter_context(locked(path))
+        mine.callback(run_tool, ["rm", "-rf", path])  # not shutil.rmtree, which a deep tree exhausts
+        yield path
 
 def chain_ids(diff_ids):
     """diff_ids from the bottom up → names for the unpacked layers (OCI image-spec, "Layer ChainID").
@@ -692,9 +701,12 @@ class LayerStream:
 
         self.diff_id, self.hash = diff_id, hashlib.new(diff_id.partition(":")[0])
         self.pieces, self.buffer, self.position, self.total = decompressed(file), b"", 0, 0
+        self.last = b""  # what was read last
 
     def read(self, size):
-        """Exactly `size` bytes, or what is left."""
+        """Exactly `size` bytes, or what is left. More than 1 MiB at once only a forged header asks for."""
+        if size > 1 << 20:
+            raise ValueError("a header is too long")
         while len(self.buffer) - self.position < size:
             piece = next(self.pieces, b"")
             if not piece:
@@ -705,7 +717,8 @@ class LayerStream:
                 raise MockerError(f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, raise MOCKER_LAYER_LIMIT")
             self.buffer, self.position = self.buffer[self.position :] + piece, 0
         self.position += size
-        return self.buffer[self.position - size : self.position]
+        self.last = self.buffer[self.position - size : self.position]
+        return self.last
 
     def tell(self):
         return self.total - len(self.buffer) + self.position
@@ -769,6 +782,8 @@ class Unpacker:
             tar.members.clear()  # or tarfile keeps them all
             self.names += [member.name] if len(self.names) < 10 else []
             self.place(member, os.path.normpath("/" + member.name.lstrip("/")))
+        if self.stream.last.strip(b"\0") or self.stream.read(512).strip(b"\0"):
+            raise ValueError("a header is damaged")  # to tarfile, that is the end
         for path, member in reversed(self.directories.items()):
             set_times(path, member)  # last, since each new file changes its directory's
         self.stream.finish()
@@ -1106,6 +1121,7 @@ def fetch_layers(registry, layers, diff_ids, partial):
         settle_layer(directory, [layer_path(below) for below in reversed(chain[:n])], *open_ends)
         with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
             os.rename(directory, layer_path(chain[n]))
+    emit("")  # the progress bar goes
 
 def pull_image(reference, platform=None):
     """From a name to a stored image: manifest, config, layers. → Image"""
@@ -1343,8 +1359,9 @@ def running_containers():
     found = {}
     for name in os.listdir(SHARED) if os.path.isdir(SHARED) else ():
         if name.endswith(".json"):
-            with contextlib.suppress(FileNotFoundError, ValueError), open(f"{SHARED}/{name}") as file:
-                found[name[: -len(".json")]] = json.load(file)
+            with contextlib.suppress(FileNotFoundError), open(f"{SHARED}/{name}") as file:
+                text = file.read()
+                found[name[: -len(".json")]] = json.loads(text) if text.strip().endswith("}") else {}
     return found
 
 def note_container(container):
@@ -1363,7 +1380,9 @@ def sweep():
                     say(f"clearing away container {id}, whose mocker was killed")
                     delete_cgroup(id)
                     delete_network(id)
-                    delete_directory(**state)
+                    delete_rules(f"mocker_{id}")
+                    if state:
+                        delete_directory(**state)
                     forget(id)
 
 def forget(id):
@@ -1682,7 +1701,7 @@ def create_network(container, undo):
         container.netns = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     with locked(SHARED):
         subnet = create_bridge(host)
-        taken = {state["address"] for state in running_containers().values()}
+        taken = {state.get("address") for state in running_containers().values()}
         free = [f"{subnet}.{n}" for n in range(3, 255) if f"{subnet}.{n}" not in taken]
         if not free:
             raise MockerError(f"all addresses of {subnet}.0/24 are in use: stop a container, or run with --network=none")
@@ -2151,7 +2170,6 @@ def become_user(container):
     """
     user = User(container.user)
     container.environment.setdefault("HOME", user.home)
-    container.streams.take()
     for stream in 0, 1, 2:
         with contextlib.suppress(OSError):
             os.fchown(stream, user.uid, user.gid)  # so that /dev/stdout can be opened again
@@ -2162,6 +2180,8 @@ def become_user(container):
         os.setresuid(user.uid, user.uid, user.uid)
     if "caps" in container.parts and os.geteuid() == 0:
         set_capabilities(container.capabilities)
+    # The kernel forgets this when the user changes (man 2 PR_SET_PDEATHSIG).
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
     prove("grep -E '^(Uid|Groups|Cap|Seccomp)' /proc/self/status",
           "\n".join(re.findall(r"^(?:Uid|Groups|Cap|Seccomp:).*", read_kernel_file("/proc/self/status"), re.M)))  # fmt: skip
 
@@ -2268,6 +2288,8 @@ def inside(container):
     mount_kernel_filesystems(container)
     unpack_parcels(container, parcels)
     mask_paths(container)
+    enter_working_directory(container)
+    container.streams.take()
     drop_capabilities(container)
     filter_system_calls(container)
     become_user(container)
@@ -2557,10 +2579,18 @@ def go_inside(container, streams, mocker):
         inside(container)
     except MockerError as error:
         streams.report(str(error), error.status)
+    except OSError as error:
+        streams.report(f"{error.filename or 'the image'}: {error.strerror}: something in the image is in the way", 125)
     except BaseException:
-        streams.report(traceback.format_exc(), 125)
+        emit(traceback.format_exc())
+        streams.report("a bug: please report it", 125)
     finally:
         os._exit(125)
+
+def enter_working_directory(container):
+    """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else."""
+    os.makedirs(container.working_directory, exist_ok=True)
+    os.chdir(container.working_directory)
 
 @step
 def execute(container):
@@ -2570,8 +2600,6 @@ def execute(container):
     process has been in the container for a while; now the last thing of the host, Python, is gone.
     See man 2 execve. Look: cat /proc/PID/cmdline
     """
-    os.makedirs(container.working_directory, exist_ok=True)
-    os.chdir(container.working_directory)
     program = find_program(container.arguments[0], container.environment["PATH"])
     say(f'Running "{" ".join(container.arguments)}"')
     for name, value in container.environment.items():
@@ -2779,7 +2807,9 @@ def serve(arguments):
     """
     import threading
 
-    port = parse_count(arguments["--port"]) or 0
+    if not re.fullmatch("[0-9]{1,5}", arguments["--port"]) or int(arguments["--port"]) > 65534:
+        raise MockerError(f"invalid port '{arguments['--port']}': write a number up to 65534, the next one is used, too")
+    port = int(arguments["--port"])
     try:
         cdn = make_server(arguments["--listen"], port and port + 1, serve_blob)
         registry = make_server(arguments["--listen"], port, serve_registry)
@@ -2806,9 +2836,15 @@ def make_server(address, port, answer):
         do_HEAD = do_GET
 
         def log_message(self, text, *values):
-            say(f"{self.client_address[0]} {self.command} {self.path.partition('?')[0]}")
+            say(f"{self.client_address[0]} {self.requestline.partition('?')[0]}")
 
-    return http.server.ThreadingHTTPServer((address, port), Request)
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            """A client that hangs up, or never spoke HTTP, is no news."""
+            if not isinstance(sys.exc_info()[1], (ConnectionError, UnicodeError)):
+                sys.excepthook(*sys.exc_info())
+
+    return Server((address, port), Request)
 
 def reply(request, status, body=b"", **headers):
     """Status, headers and, unless it is a HEAD, the body."""
@@ -2848,8 +2884,10 @@ def serve_registry(request, path, query):
     if found[2] == "manifests":
         for image in images:
             if found[3] in (image.version, image.stored["digest"]):
-                return reply(request, 200, read_blob(image.stored["digest"]), Content_Type=image.stored["mediaType"],
-                             Docker_Content_Digest=image.stored["digest"])  # fmt: skip
+                digest = found[3] if DIGEST.fullmatch(found[3]) else image.stored["digest"]  # also that of its index
+                raw = read_blob(digest)
+                kind = parse_json(raw, digest).get("mediaType") or image.stored["mediaType"]
+                return reply(request, 200, raw, Content_Type=kind, Docker_Content_Digest=digest)
         return refuse(request, 404, "MANIFEST_UNKNOWN")
     blobs = {blob["digest"] for image in images for blob in [image.manifest["config"], *image.manifest["layers"]]}
     if found[3] not in blobs:
