@@ -248,26 +248,32 @@ class Registry:
             if not (target.scheme == "https" or target.scheme == "http" and (url.scheme == "http" or is_local(target.netloc))):
                 raise MockerError(f"{url.netloc} redirects to {target.scheme}://{target.netloc}: only https is followed")
 
-    def get(self, path, **headers):
-        """GET, and what the challenge or the limit of the registry asks for. Raises MockerError, says what to do."""
+    def ask(self, url, **options):
+        """GET. A 429 that says to come back within ten seconds is waited for."""
         import time
 
+        for _ in range(ATTEMPTS):
+            response = self.session.get(url, timeout=TIMEOUT, **options)
+            wait = response.headers.get("Retry-After", "")
+            if response.status_code != 429 or not re.fullmatch("[0-9]|10", wait):
+                break
+            time.sleep(int(wait))
+        return response
+
+    def get(self, path, **headers):
+        """GET, with a token if the registry's challenge asks for one. MockerError says what is wrong."""
         import requests
         import urllib3
 
         try:
-            for _ in range(ATTEMPTS):
+            for _ in range(2):
                 if self.authorization:
                     headers["Authorization"] = self.authorization
-                response = self.session.get(f"{self.base}/v2/{self.reference.repository}/{path}", headers=headers,
-                                            auth=no_netrc, timeout=TIMEOUT, stream=True)
-                wait = response.headers.get("Retry-After", "")
-                if response.status_code == 401 and "WWW-Authenticate" in response.headers:
-                    self.answer(response.headers["WWW-Authenticate"])  # the first, or one that has expired
-                elif response.status_code == 429 and re.fullmatch("[0-9]|10", wait):
-                    time.sleep(int(wait))
-                else:
+                response = self.ask(f"{self.base}/v2/{self.reference.repository}/{path}", headers=headers,
+                                    auth=no_netrc, stream=True)
+                if response.status_code != 401 or "WWW-Authenticate" not in response.headers:
                     break
+                self.answer(response.headers["WWW-Authenticate"])  # the first, or one that has expired
         except requests.exceptions.SSLError as error:
             raise MockerError(f"{self.base}: its certificate is not trusted ({root_cause(error)}): name your CA's file "
                               "in REQUESTS_CA_BUNDLE, or check the clock") from None
@@ -318,7 +324,7 @@ class Registry:
         if not realm.startswith("https://") and not (realm.startswith("http://") and self.base.startswith("http://")):
             raise MockerError(f"{self.reference.host} sends to '{realm}' for a token: only https is asked")
         parameters = {"service": asked["service"], "scope": scope} if "service" in asked else {"scope": scope}
-        response = self.session.get(realm, params=parameters, auth=credentials or no_netrc, timeout=TIMEOUT)
+        response = self.ask(realm, params=parameters, auth=credentials or no_netrc)
         if response.status_code != 200:
             raise self.refusal(response)
         body = parse_json(response.content, "the token")
@@ -1136,9 +1142,12 @@ def pull_image(reference, platform=None):
         fetch_blob(registry, blob, partial)
         config = check_config(read_blob(blob["digest"]), layers, str(reference))
         fetch_layers(registry, layers, config["rootfs"]["diff_ids"], partial)
-    with locked(HOME):
+    with locked(HOME), contextlib.ExitStack() as undo:
+        if not os.path.exists(store(reference.file)):
+            undo.callback(os.unlink, store(reference.file))  # half of an entry is none, should the disk be full
         write_file(store(reference.file), {"name": reference.name, "version": reference.version, **found})
         write_index()
+        undo.pop_all()
     return Image(reference.file)
 
 def write_index():

@@ -115,15 +115,5 @@ def quick(mocker, forks):
     return lambda *args, env=(): forks(*args, env={**mocker.env, "MOCKER_TIMEOUT": "1", **dict(env)})
 
 
-# Open: written before mocker could pass them, and listed in the closing note of issue 2.
+# Written beside the code, and not yet passed whole: see the closing note of issue 2.
 collect_ignore = ["test_layers.py", "test_hostile.py", "test_host.py", "test_network.py", "test_streams.py"]
-OPEN = ("test_a_terminal_gets_a_progress_bar", "test_variants[linux/arm/v7-v5 v6]",
-        "test_a_fault_that_passes[/token-429-headers3]", "test_killed_at_any_moment", "test_many_at_the_same_time",
-        "test_verify_finds_damage_and_pull_mends_it", "test_mocker_pulls_by_digest_from_it[index]",
-        "test_rude_clients_are_no_news", "test_bad_addresses[--port")
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.name.startswith(OPEN):
-            item.add_marker(pytest.mark.skip(reason="open: mocker does not do this yet"))

@@ -1,0 +1,251 @@
+"""mocker run's options: what each does, and that a wrong value gets one line that says what is wrong."""
+
+import os
+import re
+import subprocess
+
+import images
+import pytest
+from containers import one_line
+
+pytestmark = pytest.mark.usefixtures("host_as_before_all")
+
+DEFAULT = """chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service net_raw sys_chroot mknod
+audit_write setfcap""".split()
+
+
+# ---- usage ---------------------------------------------------------------------------------------
+
+
+def test_help_fits_on_a_screen_and_names_every_option(mocker):
+    done = mocker("run", "--help")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) <= 24 and max(map(len, lines)) <= 80
+    options = """--env --workdir --user --entrypoint --volume --publish --name --hostname --network --memory --cpus
+    --pids-limit --read-only --rm --interactive --tty --quiet --cap-add --cap-drop --privileged"""
+    assert [option for option in options.split() if option not in done.stdout] == []
+    short = "-e -w -u -v -p -m -i -t -q".split()
+    assert [option for option in short if not re.search(rf"{option}\b", done.stdout)] == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--no-such-option", "busybox"], ["--rm"], ["-m"], ["--memory"], ["-z", "busybox"], ["--rm=yes", "busybox"]]
+)
+def test_malformed_commands_get_the_usage(store, arguments):
+    done = store("run", *arguments)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert "mocker run [options]" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_options_end_at_the_image_s_name(run):
+    assert run("busybox", "echo", "--rm", "-e", "--", "-q").stdout == "--rm -e -- -q\n"
+
+
+def test_options_are_written_as_docker_s(run):
+    """Apart, joined by =, and short ones run together."""
+    for option in ["-e", "A=1"], ["-eA=1"], ["--env", "A=1"], ["--env=A=1"]:
+        assert run(*option, "busybox", "sh", "-c", "echo $A").stdout == "1\n", option
+    assert run("-iw/etc", "busybox", "pwd").stdout == "/etc\n"
+
+
+# ---- wrong values --------------------------------------------------------------------------------
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        *[([f"--memory={value}"], value) for value in ["much", "-1", "1.5x", "12q", "0x10", "m", "٣m", "9" * 30]],
+        *[([f"--memory={value}"], "6MB") for value in ["5", "5m", "6291455"]],
+        *[([f"--cpus={value}"], value) for value in ["many", "1,5", "0x1"]],
+        *[([f"--cpus={value}"], "CPUs") for value in ["-1", "0.001", "1e9", "nan", "inf", "4096"]],
+        *[([f"--pids-limit={value}"], value) for value in ["many", "-7", "1.5", "1e3", "²"]],
+        *[([f"--network={value}"], value) for value in ["nat", "Bridge", "container:x", "bridge0"]],
+        *[
+            ([f"--publish={value}"], value)
+            for value in ["80", "80:", ":80", "0:80", "80:0", "65536:80", "80:65536", "80:80/sctp", "a:80", "-1:80",
+                          "1.2.3:80:80", "1.2.3.4.5:80:80", "80:80:80", "80-81:80-81", "٣:80"]
+        ],
+        *[
+            ([f"--volume={value}"], value)
+            for value in ["/etc", "/etc:", ":/etc", "/etc:/x:rx", "/etc:/x:ro:ro", "/etc:/", "/etc:/..", "/etc:/x/.."]
+        ],
+        *[([f"--workdir={value}"], value) for value in ["relative", "./x", "~"]],
+        *[([f"--name={value}"], value) for value in ["-x", "a b", "x", "a/b", "é1", "a\nb", ".a"]],
+        *[([f"--cap-{change}={value}"], value) for change in ("add", "drop") for value in ["NONSENSE", "NET-RAW"]],
+        (["--publish=256.1.1.1:80:80"], "256.1.1.1"),
+        (["--volume=/etc:relative"], "relative"),
+        (["--cap-add=CAP_"], "capability"),
+        *[([f"--env={value}"], "variable") for value in ["=x", "="]],
+        (["-v", f"/etc:/{LONG}"], "too long"),
+        (["-v", f"/{LONG}:/x"], "too long"),
+        (["-v", "/etc/passwd/x:/x"], "/etc/passwd/x"),
+        (["-w", f"/{LONG}"], "too long"),
+        (["--hostname", LONG], "hostname"),
+    ],
+)  # fmt: skip
+def test_wrong_values(run, options, word):
+    one_line(run(*options, "busybox", "true"), word.encode("unicode_escape").decode() if "\n" in word else word)
+
+
+@pytest.mark.parametrize("value", ["64m", "64M", "64mb", "64MB", "65536k", "67108864", "67108864b", "1g", "0"])
+def test_sizes(run, value):
+    assert run("-m", value, "busybox", "true").returncode == 0
+
+
+@pytest.mark.parametrize("option", ["--cpus=1", "--cpus=0.5", "--cpus=.5", "--pids-limit=-1", "--pids-limit=0", "--pids-limit=100"])
+def test_numbers(run, option):
+    assert run(option, "busybox", "true").returncode == 0
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def test_a_name_is_one_container_s_only(run, start):
+    container = start("--name", "the-one", "busybox", "cat")
+    one_line(run("--name", "the-one", "busybox", "true"), "the-one", "in use")
+    container.end()
+    one_line(run("--name", "the-one", "busybox", "true"), "the-one", "in use")  # its directory is still there
+    assert run("--name", "the-other", "--rm", "busybox", "true").returncode == 0
+    assert run("--name", "the-other", "--rm", "busybox", "true").returncode == 0
+
+
+def test_two_containers_of_one_name_at_the_same_moment(store):
+    both = [store.popen("run", "-q", "--name=twin", "busybox", "cat", stdin=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate("hi\n", timeout=60) for process in both]
+    assert sorted(process.returncode for process in both) == [0, 125], said
+
+
+# ---- volumes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A directory of the host, to be used as a volume."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared/file").write_text("of the host\n")
+    return tmp_path / "shared"
+
+
+def test_a_volume(run, shared):
+    assert run("-v", f"{shared}:/data", "busybox", "cat", "/data/file").stdout == "of the host\n"
+    assert run("--volume", f"{shared}:/data:rw", "busybox", "sh", "-c", "echo new >/data/new; chown 33 /data/new").returncode == 0
+    assert ((shared / "new").read_text(), (shared / "new").stat().st_uid) == ("new\n", 33)
+
+
+def test_a_volume_that_is_read_only(run, shared):
+    done = run("-v", f"{shared}:/data:ro", "busybox", "sh", "-c", "cat /data/file; echo x >/data/file; mount -o remount,rw /data")
+    assert done.stdout == "of the host\n" and "Read-only file system" in done.stderr and done.returncode
+    assert (shared / "file").read_text() == "of the host\n"
+
+
+def test_a_volume_that_is_a_file(run, shared):
+    assert run("-v", f"{shared}/file:/etc/passwd:ro", "busybox", "cat", "/etc/passwd").stdout == "of the host\n"
+    assert run("-v", f"{shared}/file:/a/new/place", "busybox", "cat", "/a/new/place").stdout == "of the host\n"
+
+
+def test_a_volume_that_is_not_there_is_made(run, tmp_path):
+    assert run("-v", f"{tmp_path}/a/b:/data", "busybox", "touch", "/data/x").returncode == 0
+    assert (tmp_path / "a/b/x").exists()
+
+
+def test_several_volumes_one_in_the_other(run, shared, tmp_path):
+    options = ["-v", f"{shared}:/data", "-v", f"{tmp_path}/inner:/data/inner", "-v", f"{tmp_path}/c d:/with blank"]
+    assert run(*options, "busybox", "touch", "/data/inner/x", "/with blank/y").returncode == 0
+    assert (tmp_path / "inner/x").exists() and (tmp_path / "c d/y").exists()
+
+
+def test_what_is_mounted_below_a_volume_comes_along_and_stays_read_only(run, shared):
+    (shared / "below").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "mocker-below", shared / "below"], check=True)
+    try:
+        (shared / "below/file").write_text("deep\n")
+        assert run("-v", f"{shared}:/data", "busybox", "cat", "/data/below/file").stdout == "deep\n"
+    finally:
+        subprocess.run(["umount", shared / "below"], check=True)
+
+
+def test_a_relative_volume_is_below_the_current_directory(run, shared):
+    assert run("-v", "./shared:/data", "busybox", "cat", "/data/file", cwd=shared.parent).stdout == "of the host\n"
+
+
+def test_a_volume_through_a_symlink_of_the_image_stays_in_the_container(run, image, shared, tmp_path):
+    name = image({}, [images.symlink("data", f"{tmp_path}/outside"), images.symlink("up", "../../../../../../../../etc")])
+    script = "cat /data/file /up/mine/file; ls -d /etc/mine"
+    done = run("-v", f"{shared}:/data", "-v", f"{shared}:/up/mine", name, "sh", "-c", script)
+    assert done.stdout == "of the host\nof the host\n/etc/mine\n"
+    assert not (tmp_path / "outside").exists() and not os.path.lexists("/etc/mine")
+
+
+# ---- the rest ------------------------------------------------------------------------------------
+
+
+def test_read_only(run, shared):
+    script = "touch /file; touch /etc/hosts; touch /dev/shm/yes /data/yes && echo yes; mount -o remount,rw /"
+    done = run("--read-only", "-v", f"{shared}:/data", "busybox", "sh", "-c", script)
+    assert done.stdout == "yes\n"
+    assert done.stderr.count("Read-only file system") == 2 and done.returncode
+
+
+def test_read_only_with_a_place_to_work_in(run):
+    """What has to be made in the image is made before."""
+    assert run("--read-only", "-w", "/new", "busybox", "pwd").stdout == "/new\n"
+
+
+def capabilities(done):
+    """The names in CapEff of /proc/self/status, and those that may be had."""
+    found = dict(re.findall(r"Cap(\w+):\s*(\w+)", done.stdout))
+    decoded = {kind: subprocess.check_output(["capsh", f"--decode={bits}"], text=True) for kind, bits in found.items()}
+    return {kind: set(re.findall(r"cap_(\w+)", text.partition("=")[2])) for kind, text in decoded.items()}
+
+
+STATUS = ("busybox", "cat", "/proc/self/status")
+
+
+def test_capabilities_by_default(run):
+    found = capabilities(run(*STATUS))
+    assert found["Bnd"] == found["Prm"] == found["Eff"] == set(DEFAULT)
+    assert found["Inh"] == found["Amb"] == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--cap-add=NET_ADMIN"], {*DEFAULT, "net_admin"}),
+        (["--cap-add", "CAP_NET_ADMIN", "--cap-add=sys_time"], {*DEFAULT, "net_admin", "sys_time"}),
+        (["--cap-drop=mknod"], {*DEFAULT} - {"mknod"}),
+        (["--cap-drop=ALL"], set()),
+        (["--cap-drop=ALL", "--cap-add=chown"], {"chown"}),
+        (["--cap-add=ALL", "--cap-drop=chown"], "all but chown"),
+        (["--privileged"], "all"),
+    ],
+)
+def test_capabilities_asked_for(run, options, expected):
+    found = capabilities(run(*options, *STATUS))
+    with open("/proc/self/status") as file:
+        ours = set(re.findall(r"cap_(\w+)", subprocess.check_output(
+            ["capsh", "--decode=" + re.search(r"CapBnd:\s*(\w+)", file.read())[1]], text=True).partition("=")[2]))  # fmt: skip
+    wanted = {"all": ours, "all but chown": ours - {"chown"}}.get(expected) if isinstance(expected, str) else expected & ours
+    assert found["Bnd"] == found["Eff"] == wanted
+
+
+def test_an_added_capability_can_be_used(run):
+    set_up = ("busybox", "ip", "link", "set", "lo", "down")
+    assert run(*set_up).returncode != 0
+    assert run("--cap-add=NET_ADMIN", *set_up).returncode == 0
+
+
+def test_privileged(run):
+    script = "mount -t tmpfs none /mnt && echo mounted; : >/proc/sys/kernel/domainname && echo writable; ls /dev | wc -l; grep Seccomp: /proc/self/status"
+    done = run("--privileged", "busybox", "sh", "-c", f"mkdir /mnt; {script}")
+    mounted, writable, devices, seccomp = done.stdout.splitlines()
+    assert (mounted, writable, seccomp.split()) == ("mounted", "writable", ["Seccomp:", "0"])
+    assert int(devices) > 20
+
+
+def test_a_step_is_told_and_shown(store):
+    """--explain, in a container of its own words and output."""
+    done = store("run", "--explain", "busybox", "echo", "hi")
+    assert (done.returncode, done.stdout) == (0, "hi\n")
+    assert "pivot_root" in done.stderr and "Traceback" not in done.stderr
