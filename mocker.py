@@ -219,9 +219,11 @@ class Registry:
         self.session.max_redirects = 10
         self.session.hooks["response"] = [self.check_response]
         # A digest is of the bytes as they are stored, so no compression on the way.
-        self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
-        excepted = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", "127.0.0.0/8", "::1"]
-        os.environ["no_proxy"] = ",".join(filter(None, excepted))
+        if "SSL_CERT_FILE" in os.environ:  # the usual name; requests reads only its own
+            os.environ.setdefault("REQUESTS_CA_BUNDLE", os.environ["SSL_CERT_FILE"])
+        if is_local(self.base.partition("//")[2].partition("/")[0]):  # no proxy leads to this machine
+            excepted = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", "127.0.0.0/8", "::1"]
+            os.environ["no_proxy"] = ",".join(filter(None, excepted))
         self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity"})
         patience = Retry(ATTEMPTS, read=1, backoff_factor=0.3, status_forcelist=(500, 502, 503, 504), raise_on_status=False,
                          redirect=0, respect_retry_after_header=False)
@@ -292,7 +294,7 @@ class Registry:
         if status == 429:
             limit = re.fullmatch(r"(\d+);w=(\d+)", response.headers.get("ratelimit-limit", ""))
             allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
-            when = response.headers.get("Retry-After")
+            when = response.headers.get("Retry-After", "")[:40]
             return MockerError(f"{self.base} answers 429: too many pulls{allowed}, for all behind this address together: try "
                                f"again {f'in {when} s' if when else 'later'}, docker login, or name a mirror in MOCKER_HUB")
         if status in (401, 403):
@@ -479,6 +481,8 @@ def find_manifest(registry, platform):
     for _ in range(4):  # an index may point to an index
         raw, manifest, kind, digest = fetch_manifest(registry, version)
         save_blob(digest, raw)
+        if "manifests" in manifest and "layers" in manifest:
+            raise MockerError(f"{what} claims to be an index and a manifest at once: this image is broken, or a trick")
         if "manifests" not in manifest and kind not in INDEX_TYPES:
             return {"digest": digest, "mediaType": kind, "size": len(raw), "manifest": check_manifest(manifest, what)}
         version = choose_platform(manifest, platform, what)["digest"]
@@ -783,7 +787,12 @@ class Unpacker:
     def unpack(self):
         import tarfile
 
-        tar = tarfile.TarFile(fileobj=self.stream, encoding="utf-8", errors="surrogateescape")
+        try:
+            tar = tarfile.TarFile(fileobj=self.stream, encoding="utf-8", errors="surrogateescape")
+        except tarfile.ReadError:
+            if self.stream.total:
+                raise
+            return self.stream.finish()  # no bytes at all are no files
         while member := tar.next():
             tar.members.clear()  # or tarfile keeps them all
             self.names += [member.name] if len(self.names) < 10 else []
@@ -792,7 +801,7 @@ class Unpacker:
             raise ValueError("a header is damaged")  # to tarfile, that is the end
         for path, member in reversed(self.directories.items()):
             set_times(path, member)  # last, since each new file changes its directory's
-        self.stream.finish()
+        return self.stream.finish()
 
     def place(self, member, path):
         """One member of the tar. A later one replaces an earlier one of the same name."""
@@ -859,9 +868,10 @@ class Unpacker:
             self.add_parents(os.path.dirname(folder))
             whiteout = self.remove(folder)
             os.mkdir(folder, 0o755)
-            self.implied.add(folder)
             if whiteout:
-                make_opaque(folder)
+                make_opaque(folder)  # what was below is gone, and its mode with it
+            else:
+                self.implied.add(folder)
 
     def remove(self, path):
         """Whatever is there. → was it a whiteout? Then a new directory must go on hiding what is below."""
@@ -989,9 +999,12 @@ def settle_layer(directory, below, implied, borrowed, whiteouts):
         source = look_below(below, path)
         if source and is_directory(source) and is_directory(directory + path):
             copy_metadata(source, directory + path)
+    times = {folder: os.stat(folder) for folder in {os.path.dirname(directory + p) for p in [*whiteouts, *dict(borrowed)]}}
     for path in whiteouts:
         # One that hides nothing goes: in a directory of one layer alone, overlayfs would list it.
-        if is_whiteout(os.lstat(directory + path)) and look_below(below, path) is None:
+        ancestors = [path[:match.start()] for match in re.finditer("/", path)]
+        opaque = any(OPAQUE in os.listxattr(directory + ancestor) for ancestor in ancestors)
+        if is_whiteout(os.lstat(directory + path)) and (opaque or look_below(below, path) is None):
             os.unlink(directory + path)
     for path, target in borrowed:
         source = look_below(below, target)
@@ -999,6 +1012,8 @@ def settle_layer(directory, below, implied, borrowed, whiteouts):
             raise MockerError(f"a layer has a hard link to '{target}', which is nowhere: this image is broken")
         shutil.copyfile(source, directory + path, follow_symlinks=False)
         copy_metadata(source, directory + path)
+    for folder, status in times.items():
+        os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 def unpack_layer(file, diff_id, directory):
     """A blob's tar into a directory: confined, bounded, checked. → Unpacker"""
@@ -1117,6 +1132,9 @@ def fetch_layers(registry, layers, diff_ids, partial):
     chrooted into the directory that it fills; a layer that is there already is not fetched again.
     See the OCI image-spec, layer.md. Look: ls ~/mocker/layers
     """
+    for layer in layers:
+        if os.path.exists(blob_path(layer["digest"])) and os.path.getsize(blob_path(layer["digest"])) != layer["size"]:
+            raise MockerError(f"layer {layer['digest'][:19]}… has not the {layer['size']} bytes that its manifest says")
     chain = chain_ids(diff_ids)
     missing = [n for n in range(len(chain)) if not os.path.isdir(layer_path(chain[n]))
                or not os.path.exists(blob_path(layers[n]["digest"]))]

@@ -116,4 +116,3 @@ def quick(mocker, forks):
 
 
 # Written beside the code, and not yet passed whole: see the closing note of issue 2.
-collect_ignore = ["test_layers.py", "test_hostile.py", "test_host.py", "test_network.py", "test_streams.py"]

@@ -98,7 +98,7 @@ def test_what_only_the_host_s_root_may(only_chroot_fails, way):
 @pytest.mark.parametrize("options", [[], ["-v", "/tmp:/data"]])
 def test_a_device_that_it_makes(only_chroot_fails, device, options, tmp_path):
     options = [option.replace("/tmp:", f"{tmp_path}:") for option in options]
-    assert "denied" in only_chroot_fails("device", *device.split(), options=options) or options
+    assert "denied" in only_chroot_fails("device", *device.split(), options=options)
     assert not (tmp_path / "escape-device").exists()
 
 
@@ -217,7 +217,7 @@ def test_the_program_that_starts_the_container(run, image, root, tmp_path, comma
         pytest.skip("the loader is not written for this machine")
     python = Path(sys.executable).resolve()
     loader = tmp_path / "loader"
-    flags = f"-DMODE={python.stat().st_mode & 0o7777:#o} -nostdlib -static-pie -fPIE -ffreestanding -O1".split()
+    flags = f"-DMODE=0{python.stat().st_mode & 0o7777:o} -nostdlib -static-pie -fPIE -ffreestanding -O1".split()
     subprocess.run(["cc", *flags, "-o", loader, PROGRAMS / "selfexe.c"], check=True)
     place = interpreter_of(python).lstrip("/")
     entries = [
@@ -301,9 +301,9 @@ def test_accounts_that_are_no_file_of_lines(run, image, name, kind):
         "huge": images.file(name, b"x:x:" + b"9" * 3_000_000 + b":0::/:\n"),
     }
     tag = image({}, [entries[kind]])
-    done = run(tag, "id", "-u", timeout=30)
-    assert (done.returncode, done.stdout) == (0, "0\n"), done
-    done = run("-u", "daemon:mail", tag, "id", "-u", timeout=30)
+    done = run(tag, "sh", "-c", "grep Uid: /proc/self/status", timeout=30)
+    assert done.stdout.split() == ["Uid:", "0", "0", "0", "0"], done
+    done = run("-u", "daemon:mail", tag, "true", timeout=30)
     assert done.returncode == 125 and "Traceback" not in done.stderr
 
 
@@ -319,16 +319,16 @@ def test_rm_follows_no_link_out(run, tmp_path):
 def test_terminal_codes_of_an_image_are_not_shown_raw(store, image):
     """A name that would clear the screen, or worse, in what mocker itself says."""
     nasty = "\033[2J\r\n\x9b31m"
-    done = store("run", image({"Env": [f"A={nasty}"], "Cmd": ["echo", nasty]}))
-    assert done.stdout == f"{nasty}\n"
-    assert not re.search("[\033\x9b\r]", done.stderr) and "Traceback" not in done.stderr
-    done = store("run", image({"Env": [f"A={nasty}"], "Cmd": [nasty]}))
-    assert not re.search("[\033\x9b\r]", done.stderr)
+    done = store("run", image({"Env": [f"A={nasty}"], "Cmd": ["echo", nasty]}), text=False)
+    assert done.stdout == f"{nasty}\n".encode()
+    for done in done, store("run", image({"Env": [f"A={nasty}"], "Cmd": [nasty]}), text=False):
+        said = done.stderr.decode()
+        assert said and not re.search("[\033\x9b\r]", said) and "Traceback" not in said
 
 
 def test_its_own_limits_cannot_be_lifted(run):
     """The files of its cgroup are there to be read."""
-    script = "for file in $(find /sys/fs/cgroup -name '*max' -o -name '*limit_in_bytes' -o -name 'cgroup.procs'); do : 2>/dev/null >$file && echo $file; done; ls /sys/fs/cgroup | wc -l"
+    script = "for file in $(find /sys/fs/cgroup -name '*max' -o -name '*limit_in_bytes' -o -name 'cgroup.procs'); do (true >$file) 2>/dev/null && echo $file; done; ls /sys/fs/cgroup | wc -l"
     *written, count = run("-m", "64m", "busybox", "sh", "-c", script).stdout.splitlines()
     assert written == [] and int(count) > 0
 

@@ -50,18 +50,20 @@ static int unmount_proc(char **args) { return umount2("/proc", MNT_DETACH) == 0;
 
 /* the device whose kind, major and minor are given, in each place where one may write */
 static int make_device(char **args) {
-    static const char *places[] = {"/tmp", "/dev", "/dev/shm", "/data", "/run"};
-    for (int i = 0; i < 5; i++) {
+    static const char *places[] = {"/tmp", "/dev", "/dev/shm", "/data"};
+    int refused = 0;
+    for (int i = 0; i < 4; i++) {
         char path[100];
         snprintf(path, sizeof path, "%s/escape-device", places[i]);
         unlink(path);
         if (mknod(path, 0600 | (args[0][0] == 'b' ? S_IFBLK : S_IFCHR), makedev(atoi(args[1]), atoi(args[2]))) == 0) {
-            int opened = can_open(path, O_RDONLY | O_NONBLOCK), reason = errno;
+            int opened = can_open(path, O_RDONLY | O_NONBLOCK);
+            refused = errno;
             unlink(path);
-            errno = reason;
             if (opened) return 1;
         }
     }
+    errno = refused;
     return 0;
 }
 
@@ -123,8 +125,8 @@ static int new_mount_namespace(char **args) { return unshare(CLONE_NEWNS) == 0; 
 
 static int join_first_namespace(char **args) { return setns(open("/proc/1/ns/mnt", O_RDONLY), 0) == 0; }
 
-/* what is no module at all is refused for another reason, to those who may try */
-static int load_module(char **args) { return syscall(SYS_init_module, "no module", 9UL, "") && errno == ENOEXEC; }
+/* what is no module at all is refused for another reason, to those who may try; some kernels load none */
+static int load_module(char **args) { return syscall(SYS_init_module, "no module", 9UL, "") && (errno == ENOEXEC || errno == ENOSYS); }
 
 static int add_key(char **args) { return syscall(SYS_add_key, "user", "escape", "x", 1UL, -2L) > 0; }
 
