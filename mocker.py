@@ -219,8 +219,8 @@ class Registry:
         self.session.max_redirects = 10
         self.session.hooks["response"] = [self.check_response]
         # A digest is of the bytes as they are stored, so no compression on the way.
-        if "SSL_CERT_FILE" in os.environ:  # the usual name; requests reads only its own
-            os.environ.setdefault("REQUESTS_CA_BUNDLE", os.environ["SSL_CERT_FILE"])
+        if os.environ.get("SSL_CERT_FILE") and not os.environ.get("REQUESTS_CA_BUNDLE"):
+            os.environ["REQUESTS_CA_BUNDLE"] = os.environ["SSL_CERT_FILE"]  # requests reads only its own name
         if is_local(self.base.partition("//")[2].partition("/")[0]):  # no proxy leads to this machine
             excepted = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", "127.0.0.0/8", "::1"]
             os.environ["no_proxy"] = ",".join(filter(None, excepted))
@@ -292,7 +292,7 @@ class Registry:
         """A status that is no success → the line that says what to do."""
         name, host, status = self.reference, self.reference.host, response.status_code
         if status == 429:
-            limit = re.fullmatch(r"(\d+);w=(\d+)", response.headers.get("ratelimit-limit", ""))
+            limit = re.fullmatch(r"(\d{1,9});w=(\d{1,9})", response.headers.get("ratelimit-limit", ""))
             allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
             when = response.headers.get("Retry-After", "")[:40]
             return MockerError(f"{self.base} answers 429: too many pulls{allowed}, for all behind this address together: try "

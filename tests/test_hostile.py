@@ -336,7 +336,7 @@ def test_an_unknown_ca(pull, home, fake, tls):
 @pytest.mark.parametrize("name", ["REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
 def test_a_private_ca(name, pull, fake, tls, certificate):
     fake.put("library/x", good(fake.layout))
-    done = pull(env={"MOCKER_HUB": f"https://{tls}", name: str(certificate[0])})
+    done = pull(env={"MOCKER_HUB": f"https://{tls}", "REQUESTS_CA_BUNDLE": "", name: str(certificate[0])})
     assert done.returncode == 0, done.stderr
 
 
