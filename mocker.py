@@ -1551,20 +1551,29 @@ def mount_kernel_filesystems(container):
     """
     plain, writable = MS_NOSUID | MS_NODEV | MS_NOEXEC, 0 if container.privileged else MS_RDONLY
     for target, kind, flags, options in (
-        ("/proc", "proc", plain, ""),
         ("/dev", "tmpfs", MS_NOSUID | MS_NODEV | MS_STRICTATIME, "mode=755,size=65536k"),
         ("/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
         ("/dev/shm", "tmpfs", plain, "mode=1777,size=65536k"),
         ("/dev/mqueue", "mqueue", plain, ""),
         ("/sys", "sysfs", plain | writable, ""),
     ):
-        os.makedirs(target, exist_ok=True)
-        if os.path.islink(target):
-            raise MockerError(f"the image's {target} is a symlink: nothing can be mounted there")
-        mount("shm" if target == "/dev/shm" else kind, target, kind, flags, options)
+        mount_at("shm" if target == "/dev/shm" else kind, target, kind, flags, options)
     for name, target in LINKS.items():
         os.symlink(target, f"/dev/{name}")
     mount_cgroups(container, plain, writable)
+
+def mount_at(source, target, kind, flags, options=""):
+    """At a directory that is made if it is missing; a symlink is refused, as by runc."""
+    if os.path.islink(target):
+        raise MockerError(f"the image's {target} is a symlink: nothing can be mounted there")
+    os.makedirs(target, exist_ok=True)
+    mount(source, target, kind, flags, options)
+
+def mount_proc(container):
+    """Last: while parcels are open, /proc/self/fd would lead a symlink of the image to them."""
+    mount_at("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    if container.terminal:
+        container.streams.open_terminal()
 
 @step
 def unpack_parcels(container, parcels):
@@ -1575,6 +1584,7 @@ def unpack_parcels(container, parcels):
     See man 2 move_mount.
     """
     for handle, source, target, read_only in parcels:
+        target = os.path.realpath(target)  # also where a dangling symlink points
         if not os.path.exists(target):
             directory = stat.S_ISDIR(os.fstat(handle).st_mode)
             os.makedirs(target if directory else os.path.dirname(target), exist_ok=True)
@@ -1585,8 +1595,6 @@ def unpack_parcels(container, parcels):
         os.close(handle)
         if not target.startswith("/dev/"):
             mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY * read_only)
-    if container.read_only:
-        mount("none", "/", "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY)
 
 @step(part="mask")
 def mask_paths(container):
@@ -2144,13 +2152,14 @@ def own_capabilities():
 
 def choose_capabilities(add, drop, privileged):
     """--cap-add, --cap-drop and --privileged → the capabilities that are kept, as docker counts them."""
-    kept = set(CAPABILITIES if privileged else DEFAULT_CAPABILITIES)
-    for names, change in ((drop, kept.difference_update), (add, kept.update)):
-        for name in names:
-            name = name.upper().removeprefix("CAP_")
-            if name != "ALL" and name not in CAPABILITIES:
-                raise MockerError(f"unknown capability '{name}': write one of man 7 capabilities, or ALL")
-            change(CAPABILITIES if name == "ALL" else [name])
+    add, drop = ([name.upper().removeprefix("CAP_") for name in names] for names in (add, drop))
+    for name in add + drop:
+        if name not in [*CAPABILITIES, "ALL"]:
+            raise MockerError(f"unknown capability '{name}': write one of man 7 capabilities, or ALL")
+    if "ALL" in add or privileged:
+        kept = set(CAPABILITIES) - set(drop)
+    else:
+        kept = (set() if "ALL" in drop else set(DEFAULT_CAPABILITIES) - set(drop)) | set(add)
     return [name for name in own_capabilities() if name in kept]
 
 @step(part="caps")
@@ -2257,9 +2266,8 @@ def read_colons(path, count):
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return []
-    with open(handle, "rb") as file:
-        regular = os.fstat(handle).st_mode & 0o170000 == 0o100000
-        text = (file.read(1 << 20) or b"").decode(errors="replace") if regular else ""
+    text = os.read(handle, 1 << 20).decode(errors="replace") if stat.S_ISREG(os.fstat(handle).st_mode) else ""
+    os.close(handle)
     entries = [line.split(":") for line in text.splitlines()]
     return [entry + [""] for entry in entries if len(entry) >= count and is_id(entry[2]) and (count == 3 or is_id(entry[3]))]
 
@@ -2314,9 +2322,9 @@ def inside(container):
     enter_root(container)
     mount_kernel_filesystems(container)
     unpack_parcels(container, parcels)
+    mount_proc(container)
     mask_paths(container)
     enter_working_directory(container)
-    container.streams.take()
     drop_capabilities(container)
     filter_system_calls(container)
     become_user(container)
@@ -2404,6 +2412,8 @@ def parse_size(text):
     size = int(match[1]) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[match[2]]
     if 0 < size < 6 << 20:
         raise MockerError("minimum memory limit allowed is 6MB")
+    if size >= 1 << 63:
+        raise MockerError(f"invalid size '{text}': larger than any machine's memory")
     return size or None
 
 def parse_cpus(text):
@@ -2437,7 +2447,11 @@ def parse_volume(text):
     if target == "/":
         raise MockerError(f"invalid volume '{text}': it can't be mounted on '/'")
     host = os.path.abspath(host)
-    os.makedirs(host, exist_ok=True) if not os.path.exists(host) else None
+    try:
+        if not os.path.exists(host):
+            os.makedirs(host)
+    except OSError as error:
+        raise MockerError(f"invalid volume '{text[:100]}': {host[:100]} can't be made: {error.strerror}") from None
     return host, target, mode == "ro"
 
 def parse_port(text):
@@ -2454,11 +2468,11 @@ def create_container(container, undo):
         container.lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(container.lock, fcntl.LOCK_EX)
         note_container(container)
-    undo.callback(unregister, container.id)
-    undo.callback(delete_directory, container.directory, container.remove, "mount" not in container.parts)
-    os.makedirs(f"{container.directory}/rootfs")
-    write_config(container, "created")
-
+        undo.callback(unregister, container.id)
+        undo.callback(delete_directory, container.directory, container.remove, "mount" not in container.parts)
+        parse_container_name(container.name)  # again, now that nobody else can take it
+        os.makedirs(f"{container.directory}/rootfs")
+        write_config(container, "created")
 def unregister(id):
     with locked(SHARED):
         forget(id)
@@ -2533,15 +2547,14 @@ class Streams:
     def report(self, message, status):
         os.write(self.report_end, json.dumps({"message": message, "status": status}).encode())
 
-    def take(self):
-        """In the container: they become its 0, 1 and 2; all else is closed, or closes at exec."""
+    def take(self, *keep):
+        """In the child: they become its 0, 1 and 2, and what else it inherited is closed. A directory of the
+        host that stayed open would be a way out: /proc/self/fd/13 (CVE-2024-21626)."""
         story.output = os.dup(story.output)
-        if self.terminal:
-            self.open_terminal()
         for stream in 0, 1, 2:
-            source = self.inner[stream]
-            os.dup2(os.open("/dev/null", os.O_RDWR) if source is None else source, stream)
-        keep = {0, 1, 2, self.report_end, story.output, story.stepping}
+            os.dup2(os.open("/dev/null", os.O_RDWR) if self.inner[stream] is None else self.inner[stream], stream)
+        keep = {0, 1, 2, self.report_end, story.output, story.stepping, *keep}
+        keep.add(self.inner_socket.fileno() if self.terminal else None)
         for descriptor in sorted(set(map(int, os.listdir("/proc/self/fd"))) - keep):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
@@ -2555,7 +2568,9 @@ class Streams:
         os.close(os.open("/dev/console", os.O_CREAT | os.O_WRONLY, 0o600))
         mount(os.ttyname(slave), "/dev/console", "", MS_BIND)
         socket.send_fds(self.inner_socket, [b"pty"], [master])
-        self.inner = [slave] * 3
+        os.close(master)
+        for stream in 0, 1, 2:
+            os.dup2(slave, stream)
 
     def receive_terminal(self):
         """The master end; None if the container failed before it made one."""
@@ -2603,6 +2618,7 @@ def go_inside(container, streams, mocker):
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.setsid()
         container.streams = streams
+        streams.take(container.netns)
         inside(container)
     except MockerError as error:
         streams.report(str(error), error.status)
@@ -2618,6 +2634,8 @@ def enter_working_directory(container):
     """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else."""
     os.makedirs(container.working_directory, exist_ok=True)
     os.chdir(container.working_directory)
+    if container.read_only:
+        mount("none", "/", "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY)
 
 @step
 def execute(container):
