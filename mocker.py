@@ -1281,11 +1281,13 @@ MNT_DETACH = 2  # umount2(2): out of the tree now, gone when nobody uses it any 
 AT_FDCWD = -100
 OPEN_TREE_CLONE = 0x1  # open_tree(2): a copy of a mount, attached nowhere yet
 AT_RECURSIVE = 0x8000  # with what is mounted below it
+AT_EMPTY_PATH = 0x1000  # the descriptor itself is meant
+MOUNT_ATTR_RDONLY = 0x1  # mount_setattr(2)
 MOVE_MOUNT_F_EMPTY_PATH = 0x4  # move_mount(2): the descriptor itself is what moves
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, SECCOMP_MODE_FILTER = 1, 22, 24, 2
 
-# The C library wraps no pivot_root(2), and an older one not the other two. (name: x86_64, aarch64)
-SYSTEM_CALLS = {"pivot_root": (155, 41), "open_tree": (428, 428), "move_mount": (429, 429)}
+# The C library wraps no pivot_root(2), and an older one not the other three. (name: x86_64, aarch64)
+SYSTEM_CALLS = {"pivot_root": (155, 41), "open_tree": (428, 428), "move_mount": (429, 429), "mount_setattr": (442, 442)}
 
 def call(name, *arguments, what=None):
     """A function of the C library, or a system call that it lacks. -1 becomes a MockerError with errno."""
@@ -1332,6 +1334,22 @@ def coming_back(kind, flag):
         call("setns", handle, flag)
         os.close(handle)
 
+def seal_interpreter(argv):
+    """Start again from a read-only view of Python's own program file.
+
+    Until it becomes the image's program, /proc/self/exe of the container's first process is the host's
+    Python; an image whose program is that link would get hold of the file (CVE-2019-5736; runc works
+    on a copy of itself). And as a module this file is compiled only once, which makes up for the time.
+    """
+    if not os.statvfs("/proc/self/exe").f_flag & os.ST_RDONLY:
+        with contextlib.suppress(MockerError):  # before Linux 5.12, or without the right: need_root will tell
+            program = os.path.realpath("/proc/self/exe")
+            handle = call("open_tree", AT_FDCWD, program, OPEN_TREE_CLONE | os.O_CLOEXEC)
+            call("mount_setattr", handle, "", AT_EMPTY_PATH, struct.pack("4Q", MOUNT_ATTR_RDONLY, 0, 0, 0), 32)
+            code = (f"import sys; sys.path[0] = {os.path.dirname(os.path.realpath(__file__))!r}; import mocker; "
+                    "sys.exit(mocker.main(sys.argv[1:]))")
+            os.execv(f"/proc/self/fd/{handle}", [sys.executable, "-c", code, *argv])
+
 def die_with(parent):
     """Be killed when our parent dies, however it dies (man 2 PR_SET_PDEATHSIG); at once if it has."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -1360,7 +1378,7 @@ def need_root(command):
     if sys.platform != "linux":
         raise MockerError("containers are made of Linux: on a Mac or Windows, docker run --privileged -it python:3")
     if os.geteuid() != 0:
-        raise MockerError(f"{command} needs root, for owners, mounts and namespaces: sudo {sys.executable} {sys.argv[0]} …")
+        raise MockerError(f"{command} needs root, for owners, mounts and namespaces: sudo {sys.executable} {__file__} …")
     effective = int(re.search(r"CapEff:\s*(\w+)", read_kernel_file("/proc/self/status"))[1], 16)
     if command == "run" and not effective & 1 << CAPABILITIES.index("SYS_ADMIN"):
         raise MockerError("this root lacks CAP_SYS_ADMIN, as in a plain container: docker run --privileged, or a real machine")
@@ -2283,18 +2301,19 @@ def run(arguments):
     """Run a command in a container. The image is pulled if it is not here.
 
     Usage:
-      mocker run [options] [-e VAR]... [-v VOLUME]... [-p PORT]... [--cap-add=CAP]...
-                 [--cap-drop=CAP]... [--name=N] [--hostname=N] [--entrypoint=PROGRAM]
-                 [--network=N] [--cpus=N] [--pids-limit=N] [--read-only] [--privileged]
-                 [--explain] [--step] [--rm] <name> [<command>...]
+      mocker run [options] [-e VAR]... [-v VOLUME]... [-p PORT]...
+                 [--cap-add=CAP]... [--cap-drop=CAP]... [--name=N] [--hostname=N]
+                 [--network=N] [--cpus=N] [--entrypoint=PROGRAM] [--pids-limit=N]
+                 [--read-only] [--privileged] [--explain] [--step] [--rm]
+                 <name> [<command>...]
 
     Options:
-      -i, --interactive   keep stdin open          --rm          remove it at the end
+      -i, --interactive   keep stdin open          --rm          remove it later
       -t, --tty           give it a terminal       --name        for later commands
       -q, --quiet         only the container talks --hostname    instead of its id
-      -e, --env VAR       K=V, or K from here      --entrypoint  instead of the image's
-      -w, --workdir DIR   start there              --network     bridge, none or host
-      -u, --user USER     name or uid [:group]     --read-only   its root can't change
+      -e, --env VAR       K=V, or K from here      --entrypoint  not the image's
+      -w, --workdir DIR   start there              --network     bridge, none, host
+      -u, --user USER     name or uid [:group]     --read-only   root can't change
       -v, --volume VOLUME host:container[:ro]      --privileged  nearly no limits
       -p, --publish PORT  [ip:]host:container[/udp]
       -m, --memory SIZE   as in 512m               --cpus, --pids-limit  a number
@@ -2473,6 +2492,7 @@ def create_container(container, undo):
         parse_container_name(container.name)  # again, now that nobody else can take it
         os.makedirs(f"{container.directory}/rootfs")
         write_config(container, "created")
+
 def unregister(id):
     with locked(SHARED):
         forget(id)
@@ -3031,6 +3051,8 @@ def interrupted(number, frame):
 
 def main(argv):
     """Run the command; what the user can mend becomes one line. → exit status"""
+    if argv[:1] == ["run"]:
+        seal_interpreter(argv)
     function, arguments = parse_arguments(argv)
     story.level = QUIET if arguments.get("--quiet") else EXPLAIN if arguments.get("--explain") or arguments.get("--step") else PLAIN
     if arguments.get("--step"):

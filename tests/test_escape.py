@@ -70,7 +70,8 @@ def only_chroot_fails(root, escape, run):
 
     def check(*arguments, options=(), **more):
         done = in_chroot(root, *arguments, **more)
-        assert (done.stdout, done.returncode) == ("out\n", 0), f"not even from a chroot: {done}"
+        if (done.stdout, done.returncode) != ("out\n", 0):
+            pytest.skip(f"this machine allows it not even from a chroot: {done.stdout}")
         done = run("-v", f"{escape}:/escape:ro", *options, "busybox", "/escape", *arguments, timeout=60, **more)
         assert done.returncode == 1 and done.stdout.startswith(f"{arguments[0]}: "), done
         return done.stdout
