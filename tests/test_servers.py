@@ -45,4 +45,4 @@ def test_a_server(name, registry, store, start):
     os.kill(server.process.pid, stop)
     server.process.communicate(timeout=60)
     assert server.process.returncode in (0, 128 + stop, 143), server.process.returncode
-    assert answer(server.address, port, question) == b""
+    assert not os.path.exists(f"/sys/class/net/veth0_{server.id}")
