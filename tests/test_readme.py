@@ -1,0 +1,48 @@
+"""The README's transcripts, run again: the same lines come out, but for addresses, digests, sizes and ids."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+# What differs from one run to the next, and what stands for it.
+CHANGING = [
+    (r"http://127\.0\.0\.1:\d+", "https://registry-1.docker.io"),
+    (r"http://127\.0\.0\.3:\d+", "https://auth.docker.io"),
+    (r"http://127\.0\.0\.2:\d+/[^ ]*", "https://cdn.example/…"),
+    (r"[0-9a-f]{64}", "…"),
+    (r'(HTTP/1.1" \d+) .*', r"\1 …"),
+    (r"HOSTNAME=[0-9a-f]{8}", "HOSTNAME=1a2b3c4d"),
+]
+
+
+def transcripts():
+    """(words of the command, what the README shows of it), in order."""
+    found = []
+    for block in re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL):
+        for line in block.splitlines():
+            if line.startswith("$ ./mocker.py "):
+                found.append((line.split()[2:], []))
+            elif found:
+                found[-1][1].append(line)
+    return [(words, "\n".join(lines).strip()) for words, lines in found]
+
+
+def normal(text):
+    for pattern, stand_in in CHANGING:
+        text = re.sub(pattern, stand_in, text)
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+def test_the_readme_s_commands_print_what_it_shows(hub, mocker):
+    for words, shown in transcripts():
+        done = mocker(*words, env={"MOCKER_HUB": hub.url}, capture_output=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert normal(done.stdout) == normal(shown), f"./mocker.py {' '.join(words)}"
+
+
+@pytest.mark.parametrize("command", ["tests/demo", "tests/all"])
+def test_the_two_commands_are_there(command):
+    assert f"    {command} " in README.read_text()
+    assert subprocess.run(["bash", "-n", README.parent / command]).returncode == 0
