@@ -36,6 +36,7 @@ it all and waits. README.md has a table of what is left out, and where Docker ha
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
@@ -130,6 +131,13 @@ def wait_for_enter():
         if os.read(story.stepping, 100).strip().lower() == b"q":
             raise MockerError("ended at your word; nothing is left behind", status=0)
 
+def open_pacing_terminal():
+    """Not stdin, which may be the container's."""
+    try:
+        story.stepping = os.open("/dev/tty", os.O_RDWR)
+    except OSError:
+        raise MockerError("--step waits for Enter, and there is no terminal: take --explain") from None
+
 def use_colours():
     """Headings, commands, proofs, errors: each its colour; none if NO_COLOR is set or stderr is no terminal."""
     if "NO_COLOR" not in os.environ and os.isatty(2):
@@ -219,12 +227,12 @@ class Registry:
         self.session = requests.Session()
         self.session.max_redirects = 10
         self.session.hooks["response"] = [self.check_response]
-        # A digest is of the bytes as they are stored, so no compression on the way.
         if os.environ.get("SSL_CERT_FILE") and not os.environ.get("REQUESTS_CA_BUNDLE"):
             os.environ["REQUESTS_CA_BUNDLE"] = os.environ["SSL_CERT_FILE"]  # requests reads only its own name
         if is_local(self.base.partition("//")[2].partition("/")[0]):  # no proxy leads to this machine
             excepted = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", "127.0.0.0/8", "::1"]
             os.environ["no_proxy"] = ",".join(filter(None, excepted))
+        # A digest is of the bytes as they are stored, so no compression on the way.
         self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity"})
         patience = Retry(ATTEMPTS, read=1, backoff_factor=0.3, status_forcelist=(500, 502, 503, 504), raise_on_status=False,
                          redirect=0, respect_retry_after_header=False)
@@ -360,9 +368,10 @@ def find_credentials(host):
             config = parse_json(file.read(), "~/.docker/config.json")
     except OSError:
         return None
+
     def entries(key):  # docker has written host, https://host and https://host/v1/
         found = expect(config.get(key) or {}, dict, f"{key} of ~/.docker/config.json")
-        return {re.sub(r"^https?://|/.*", "", re.sub(r"^https?://", "", name)): value for name, value in found.items()}
+        return {re.sub("^https?://", "", name).partition("/")[0]: value for name, value in found.items()}
 
     server = "index.docker.io" if host == DOCKER_HUB else host
     helper = entries("credHelpers").get(server) or config.get("credsStore")
@@ -659,7 +668,7 @@ class Image:
         except (KeyError, TypeError):
             raise MockerError(f"{store(file)} is no stored image: remove it, and pull the image again") from None
 
-    @property
+    @functools.cached_property
     def config(self):
         raw = read_blob(self.manifest["config"]["digest"])
         if raw is None:
@@ -675,7 +684,7 @@ def all_images():
     files = os.listdir(HOME) if os.path.isdir(HOME) else []
     return [Image(file) for file in sorted(files) if file.endswith(".json") and file != "index.json"]
 
-# ── A layer's blob: packed, counted, hashed ──────────────────────────────────────────────────────
+# ── A layer's blob: packed, counted, hashed ────────────────────────────────────────────────────────
 
 def pieces(file):
     return iter(lambda: file.read(1 << 18), b"")
@@ -761,7 +770,7 @@ class LayerStream:
         if self.hash.hexdigest() != self.diff_id.partition(":")[2]:
             raise MockerError(f"a layer does not unpack to the diff_id {self.diff_id[:19]}… of its config: damaged, or forged")
 
-# ── Unpacking ────────────────────────────────────────────────────────────────────────────────────
+# ── Unpacking ──────────────────────────────────────────────────────────────────────────────────────
 
 @contextlib.contextmanager
 def confined(directory):
@@ -1040,7 +1049,7 @@ def unpack_layer(file, diff_id, directory):
                           "or tell who made it") from None
     return unpacker
 
-# ── Pull ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Pull ───────────────────────────────────────────────────────────────────────────────────────────
 
 class Progress:
     """Bytes received of each layer, in memory that the workers share."""
@@ -1869,7 +1878,7 @@ def delete_network(id):
         with contextlib.suppress(OSError):
             os.rmdir(NETNS)
 
-# ── The firewall: nft(8), or iptables(8) where it is missing ─────────────────────────────────────
+# ── The firewall: nft(8), or iptables(8) where it is missing ───────────────────────────────────────
 
 def add_rules(table, rules):
     """Add (chain, rule for nft, the same for iptables) to the NAT, under a name. → the tool that did it, or None"""
@@ -1931,9 +1940,9 @@ def publish_ports(container, undo):
         if not add_rules(f"mocker_{container.id}", rules):
             raise MockerError("ports can't be published, since neither nft nor iptables works here: install nftables")
 
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  Its cgroup: how much it may use
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #
 #  v2, one tree:  /sys/fs/cgroup/mocker/<id>/{cgroup.procs,memory.max,pids.max,cpu.max,cgroup.kill}
 #  v1, a tree for each controller:  /sys/fs/cgroup/{memory,cpu,pids,…}/root/mocker_<id>/tasks
@@ -1953,10 +1962,10 @@ def limits_of(container, version):
     period = 100_000  # microseconds
     if version == 2:
         wanted = {"memory.max": memory, "memory.swap.max": memory, "pids.max": pids,
-                  "cpu.max": cpus and f"{int(cpus * period)} {period}"}  # fmt: skip
+                  "cpu.max": cpus and f"{int(cpus * period)} {period}"}
     else:
         wanted = {"memory.memsw.limit_in_bytes": memory and 2 * memory, "pids.max": pids,
-                  "cpu.cfs_quota_us": cpus and int(cpus * period)}  # fmt: skip
+                  "cpu.cfs_quota_us": cpus and int(cpus * period)}
     return {name: str(value) for name, value in wanted.items() if value is not None}
 
 @step(part="cgroup")
@@ -1971,7 +1980,7 @@ def create_cgroup(container, undo):
     """
     version = container.cgroup_version
     if version == 0:
-        raise MockerError("no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup, or run --without=cgroup")
+        raise MockerError("no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup, or let systemd mount it")
     undo.callback(delete_cgroup, container.id)
     with locked(SHARED):
         container.cgroups = create_cgroup_v2(container) if version == 2 else create_cgroup_v1(container)
@@ -2092,9 +2101,9 @@ def delete_cgroup(id):
                     raise
                 time.sleep(0.005)
 
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  Its privileges: user, capabilities, system calls
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 
 # Root's power in pieces (man 7 capabilities); a capability's number is its place in this list.
 CAPABILITIES = """
@@ -2167,7 +2176,7 @@ def seccomp_filter(capabilities):
     architecture, number, first_argument = load(4), load(0), load(16)
     # The 32-bit entry has other numbers; those of x32 begin at 2^30. Both are closed here.
     program = [architecture, struct.pack("HBBI", equal, 1, 0, 0xC000003E if x86 else 0xC00000B7), unknown,
-               number, unless(at_least, LAST_CALL + 1, 1), unknown]  # fmt: skip
+               number, unless(at_least, LAST_CALL + 1, 1), unknown]
     for unlocking, *calls in map(str.split, REFUSED_CALLS.strip().splitlines()):
         if not set(unlocking.split("|")) & set(capabilities):
             for name, numbers in zip(calls[::2], calls[1::2]):
@@ -2258,7 +2267,7 @@ def become_user(container):
     # The kernel forgets this when the user changes (man 2 PR_SET_PDEATHSIG).
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
     prove("grep -E '^(Uid|Groups|Cap|Seccomp)' /proc/self/status",
-          "\n".join(re.findall(r"^(?:Uid|Groups|Cap|Seccomp:).*", read_kernel_file("/proc/self/status"), re.M)))  # fmt: skip
+          "\n".join(re.findall(r"^(?:Uid|Groups|Cap|Seccomp:).*", read_kernel_file("/proc/self/status"), re.M)))
 
 def set_capabilities(names):
     """capset(2): effective and permitted, and none to be inherited; the bits come in two halves."""
@@ -2310,9 +2319,9 @@ def read_colons(path, count):
     entries = [line.split(":") for line in text.splitlines()]
     return [entry + [""] for entry in entries if len(entry) >= count and is_id(entry[2]) and (count == 3 or is_id(entry[3]))]
 
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  run: the chapters above, in order
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 
 NAMESPACES = ("mnt", "uts", "ipc", "pid", "net", "cgroup", "user")
 PARTS = ("net", "pid", "mount", "uts", "ipc", "cgroup", "overlay", "pivot_root", "caps", "seccomp", "mask", "user")
@@ -2342,7 +2351,7 @@ def run(arguments):
     """
     need_root("run")
     container = Container(find_image(arguments["<name>"]), arguments)
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo, undisturbed_end():
         create_container(container, undo)
         create_cgroup(container, undo)
         create_network(container, undo)
@@ -2422,7 +2431,7 @@ def environment(config, given, hostname, terminal):
     """The image's variables, with those of -e over them."""
     variables = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, **({"TERM": "xterm"} if terminal else {})}
     for text in (config.get("Env") or []) + [text if "=" in text else f"{text}={os.environ[text]}"
-                                             for text in given if "=" in text or text in os.environ]:  # fmt: skip
+                                             for text in given if "=" in text or text in os.environ]:
         name, _, value = text.partition("=")
         if not name:
             raise MockerError(f"invalid variable '{text}': write NAME=VALUE, or NAME to take it from here")
@@ -2441,7 +2450,7 @@ def parse_container_name(text):
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", text, re.ASCII):
         raise MockerError(f"invalid container name '{text}': only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
     if any(container["name"] == text for container in all_containers()):
-        raise MockerError(f"the name '{text}' is in use by another container: choose another, or remove it with mocker rm {text}")
+        raise MockerError(f"the name '{text}' is in use by another container: choose another, or mocker clean --containers once it has ended")
     return text
 
 def parse_size(text):
@@ -2524,7 +2533,7 @@ def write_config(container, status, **more):
         "id": container.id, "name": container.name, "image": f"{container.image.name}:{container.image.version}",
         "file": container.image.file, "arguments": container.arguments, "environment": container.environment,
         "user": container.user, "working_directory": container.working_directory, "address": container.address,
-        "cgroups": container.cgroups, "status": status, **more})  # fmt: skip
+        "cgroups": container.cgroups, "status": status, **more})
 
 def all_containers():
     """Every container's config.json."""
@@ -2546,7 +2555,7 @@ def delete_directory(directory, remove, host_mounts, address=None):
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(directory))
 
-# ── The process ────────────────────────────────────────────────────────────────────────────────
+# ── The process ────────────────────────────────────────────────────────────────────────────────────
 
 class Streams:
     """stdin, stdout and stderr of the container, as pipes or as a terminal, and a pipe for bad news."""
@@ -2571,12 +2580,12 @@ class Streams:
     def wants_stdin(self, interactive):
         """With -i, whatever it is; without, a pipe or a file is passed on, and a terminal left alone."""
         try:
-            mode = os.fstat(0).st_mode & 0o170000
+            device = stat.S_ISCHR(os.fstat(0).st_mode)
         except OSError:  # closed, as cron may leave it
             return False
         if interactive and self.terminal and not os.isatty(0):
             raise MockerError("the input device is not a TTY: leave out -t")
-        return interactive or mode != 0o020000
+        return interactive or not device
 
     def close_inner(self):
         """The parent keeps only its own ends, or it would never see the others close."""
@@ -2710,10 +2719,10 @@ def find_program(name, path):
         raise MockerError(f'exec: "{name}": permission denied: it is a directory, or not executable', 126)
     return name
 
-# ── The parent: streams, signals, the end ──────────────────────────────────────────────────────
+# ── The parent: streams, signals, the end ──────────────────────────────────────────────────────────
 
 FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
-             signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}  # fmt: skip
+             signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
 
 def attend(container, streams):
     """Copy output, pass signals on, wait. → exit status, 128+N for signal N."""
@@ -2722,6 +2731,7 @@ def attend(container, streams):
     write_config(container, "running", pid=container.pid)
     with raw_terminal(terminal, streams.source):
         copy_streams(streams, open_copies(container), container.pid)
+    ignore_signals()  # once it is reaped, its number may be another's
     with open(streams.failure, "rb") as file:
         failure = file.read()
     status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
@@ -2750,6 +2760,18 @@ def forward_signals(pid, terminal):
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     copy_window_size(terminal)
+
+def ignore_signals():
+    for number in FORWARDED:
+        signal.signal(number, signal.SIG_IGN)
+
+@contextlib.contextmanager
+def undisturbed_end():
+    """However it ends: what is undone then is undone whole, whatever signal comes."""
+    try:
+        yield
+    finally:
+        ignore_signals()
 
 def copy_window_size(terminal):
     """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""
@@ -2875,9 +2897,9 @@ def end_process(container):
             os.kill(container.pid, signal.SIGKILL)
         os.waitpid(container.pid, 0)
 
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  serve: the protocol's other side
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 
 def serve(arguments):
     """Be a registry, read-only, for the images that are here: for a class behind one address.
@@ -2937,7 +2959,7 @@ def reply(request, status, body=b"", **headers):
     request.send_response(status)
     for name, value in headers.items():
         request.send_header(name.replace("_", "-"), value)
-    request.send_header("Content-Length", headers.pop("Length", len(body)))
+    request.send_header("Content-Length", len(body))
     request.end_headers()
     if request.command != "HEAD":
         request.wfile.write(body)
@@ -2945,7 +2967,7 @@ def reply(request, status, body=b"", **headers):
 def refuse(request, status, code, **headers):
     """The error document of the distribution spec."""
     reply(request, status, json.dumps({"errors": [{"code": code, "message": code.lower()}]}).encode(),
-          Content_Type="application/json", **headers)  # fmt: skip
+          Content_Type="application/json", **headers)
 
 def sign(server, text):
     """A signature that only we can make: no path but the one that we gave out opens a blob."""
@@ -3001,9 +3023,9 @@ def serve_blob(request, path, query):
         if request.command != "HEAD":
             shutil.copyfileobj(file, request.wfile)
 
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  Life after run
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 
 def clean(arguments):
     """Undo whatever outlived a run: leftovers of killed mockers, unfinished pulls.
@@ -3025,11 +3047,10 @@ def clean(arguments):
         if container["id"] not in running:
             delete_directory(store("containers", container["id"]), True, False)
             say(f"removed {container['name']}")
-    return 0
 
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 #  main: from a command's name to its function
-# ═══════════════════════════════════════════════════════════════════════════════════════════════
+# ═════════════════════════════════════════════════════════════════════════════════════════════════
 
 COMMANDS = {
     "pull": pull,
@@ -3076,12 +3097,12 @@ def main(argv):
         seal_interpreter(argv)
     function, arguments = parse_arguments(argv)
     story.level = QUIET if arguments.get("--quiet") else EXPLAIN if arguments.get("--explain") or arguments.get("--step") else PLAIN
-    if arguments.get("--step"):
-        story.stepping = os.open("/dev/tty", os.O_RDWR)
     use_colours()
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, interrupted)
     try:
+        if arguments.get("--step"):
+            open_pacing_terminal()
         sweep()
         return function(arguments)
     except MockerError as error:
