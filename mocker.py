@@ -1,4 +1,4 @@
-#!/usr/bin/env -S python3 -c "import sys, os; sys.path[0] = os.path.dirname(os.path.realpath(sys.argv.pop(1))); import mocker; sys.exit(mocker.main(sys.argv[1:]))"
+#!/usr/bin/env -S python3 -c "import os,sys;sys.path[0]=os.path.realpath(sys.argv[1]+'/..');import mocker;mocker.main()"
 # (As a module, Python compiles this file once, and not at each start: that saves 60 ms of 100.)
 """mocker: a crappy imitation of Docker, for teaching purposes.
 
@@ -22,37 +22,54 @@ Try (as root):
   ./mocker.py run library/hello-world
   ./mocker.py run --explain -it busybox
 
-Images and containers are kept in ~/mocker, or $MOCKER_HOME.
-
-The file follows the life of a container: registry, store, root, network, cgroup, privileges, run.
-A step's docstring is what --explain shows when the step runs.
+Images and containers are kept in ~/mocker, or $MOCKER_HOME. The file follows the life of a container:
+registry, store, root, network, cgroup, privileges, run. --explain shows the docstring of each step.
 
 But: no daemon, no builds, no push, no compose, no swarm, no plugins, no user namespaces, no IPv6,
 no AppArmor. `docker` asks dockerd, which asks containerd, which asks runc; here one process does
 it all and waits. README.md has a table of what is left out, and where Docker has it.
 """
-# Only the quick part of the standard library up here: `requests` and `pyroute2` take longer to
-# import (0.1 to 0.2 s each) than a container takes to start, so who needs them imports them.
+import base64
 import contextlib
 import errno
 import fcntl
 import functools
+import importlib.util
+import io
 import json
 import os
 import re
+import select
 import shlex
+import shutil
 import signal
 import stat
 import struct
 import subprocess
 import sys
+import threading
+import time
 
 __version__ = "1.0"
 HOME = os.path.expanduser(os.environ.get("MOCKER_HOME") or "~/mocker")
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  Telling the story: steps, narration, the one error type
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+class lazily:
+    """A module that is imported when it is first used. `requests` alone takes as long as a container to start."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self.name), attribute)
+
+cgroups, colorama, ctypes, docopt, futures, hashlib, hmac, http_server, ipaddress, logging, mmap = map(
+    lazily, ("cgroups", "colorama", "ctypes", "docopt", "concurrent.futures", "hashlib", "hmac", "http.server",
+             "ipaddress", "logging", "mmap"))
+multiprocessing, requests, socket, tabulate, tarfile, termios, tty, url, urllib3 = map(
+    lazily, ("multiprocessing", "requests", "socket", "tabulate", "tarfile", "termios", "tty", "urllib.parse",
+             "urllib3"))
+
+# ═══ Telling the story: steps, narration, the one error type ═════════════════════════════════════
 #
 #  A step is a function whose docstring is told when it runs. A primitive asks the kernel for one
 #  thing, and tells it as the shell command that does the same. A proof is what the kernel answers.
@@ -62,10 +79,8 @@ QUIET, PLAIN, EXPLAIN = range(3)
 class story:
     """How much is told, and where to. stdout is the container's; all of this goes to stderr."""
 
-    level, output = PLAIN, 2
+    level, output, style = PLAIN, 2, {}
     stepping = None  # with --step: the terminal from which Enter is read
-    lines = None  # a worker collects its lines, and tells them in one piece
-    style = dict.fromkeys(("", "heading", "command", "proof", "error", "end"), "")
 
 class MockerError(Exception):
     """What the user can mend, in one line: what is wrong, and what to do. 125 is docker's own status."""
@@ -74,21 +89,26 @@ class MockerError(Exception):
         super().__init__(message)
         self.status, self.errno = status, number
 
-def printable(text):
-    """Names from an image may hold newlines and escape codes; those must not reach the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def check(holds, message):
+    if not holds:
+        raise MockerError(message)
+
+@contextlib.contextmanager
+def explained(kinds, message):
+    """An expected failure becomes a MockerError; {} in the message is the reason."""
+    try:
+        yield
+    except kinds as error:
+        reason = re.sub(r"^\[Errno \d+\] ", "", str(error))[:150] or type(error).__name__
+        raise MockerError(message.replace("{}", reason), number=getattr(error, "errno", 0)) from None
 
 def write_line(text, style=""):
-    line = f"{story.style[style]}{printable(text)}{story.style['end'] * bool(style)}\n"
-    if story.lines is not None:
-        story.lines.append(line)
-    else:
-        emit(line)
-
-def emit(text):
-    """In one write, over a progress bar if there is one. That stderr is closed is no error."""
-    with contextlib.suppress(OSError):
-        os.write(story.output, ("\r\033[K" * os.isatty(story.output) + text).encode(errors="backslashreplace"))
+    """In one write, over a progress bar if there is one. What isn't printable must not reach the terminal."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    bar = "\r\033[K" * os.isatty(story.output)
+    line = f"{bar}{story.style.get(style, '')}{shown}{story.style.get('end', '') if style else ''}\n"
+    with contextlib.suppress(OSError):  # that stderr is closed is no error
+        os.write(story.output, line.encode(errors="backslashreplace"))
 
 def say(text):
     """mocker's own words; -q silences them."""
@@ -106,23 +126,22 @@ def prove(question, answer):
         for line in [f"  ? {question}"] + [f"  = {line}" for line in answer.splitlines()]:
             write_line(line, "proof")
 
-def step(function=None, part=None):
+def step(part=None):
     """Decorator: a step of the talk. One with a part is skipped if the container is to be without it."""
-    if function is None:
-        return lambda function: step(function, part)
-
-    def told(*arguments):
-        left_out = part is not None and part not in arguments[0].parts
-        if story.level >= EXPLAIN:
-            heading, _, *body = function.__doc__.rstrip().splitlines()
-            write_line("")
-            write_line(f"■ {heading}{' (left out)' * left_out}", "heading")
-            for line in body:
-                write_line(f"  {line.strip()}")
-            wait_for_enter()
-        return None if left_out else function(*arguments)
-
-    return told
+    def decorate(function):
+        @functools.wraps(function)
+        def told(*arguments):
+            left_out = part is not None and part not in arguments[0].parts
+            if story.level >= EXPLAIN:
+                heading, _, *body = function.__doc__.rstrip().splitlines()
+                write_line("")
+                write_line(f"■ {heading}{' (left out)' * left_out}", "heading")
+                for line in body:
+                    write_line(f"  {line.strip()}")
+                wait_for_enter()
+            return None if left_out else function(*arguments)
+        return told
+    return decorate
 
 def wait_for_enter():
     """With --step the speaker sets the pace."""
@@ -131,34 +150,36 @@ def wait_for_enter():
         if os.read(story.stepping, 100).strip().lower() == b"q":
             raise MockerError("ended at your word; nothing is left behind", status=0)
 
-def open_pacing_terminal():
-    """Not stdin, which may be the container's."""
-    try:
-        story.stepping = os.open("/dev/tty", os.O_RDWR)
-    except OSError:
-        raise MockerError("--step waits for Enter, and there is no terminal: take --explain") from None
-
-def use_colours():
-    """Headings, commands, proofs, errors: each its colour; none if NO_COLOR is set or stderr is no terminal."""
+def set_story(arguments):
+    """-q, --explain, --step; colours unless NO_COLOR is set or stderr is no terminal."""
+    explain = arguments.get("--explain") or arguments.get("--step")
+    story.level = QUIET if arguments.get("--quiet") else EXPLAIN if explain else PLAIN
     if "NO_COLOR" not in os.environ and os.isatty(2):
-        from colorama import Fore, Style
+        fore, style = colorama.Fore, colorama.Style
+        story.style = {"heading": style.BRIGHT + fore.CYAN, "command": fore.YELLOW, "proof": fore.GREEN,
+                       "error": fore.RED, "end": style.RESET_ALL}
+    if arguments.get("--step"):
+        with explained(OSError, "--step waits for Enter, and there is no terminal: take --explain"):
+            story.stepping = os.open("/dev/tty", os.O_RDWR)  # not stdin, which may be the container's
 
-        story.style = {"": "", "heading": Style.BRIGHT + Fore.CYAN, "command": Fore.YELLOW, "proof": Fore.GREEN,
-                       "error": Fore.RED, "end": Style.RESET_ALL}
-
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  The registry: reference, token, manifest, blobs
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+# ═══ The registry: reference, token, manifest, blobs ═════════════════════════════════════════════
 #
 #  GET /v2/library/busybox/manifests/latest → 401, WWW-Authenticate: Bearer realm="…",service="…"
 #  GET the realm                            → {"token": "…", "expires_in": 300}
 #  GET the manifest again, with the token   → an index: a manifest for each platform
-#      {"manifests": [{"digest": "sha256:…", "platform": {"os": "linux", "architecture": "amd64"}}, …]}
-#  GET /v2/…/manifests/sha256:…             → a manifest: a config, and layers from the bottom up
-#      {"config": {"digest": "sha256:…"}, "layers": [{"digest": "sha256:…", "size": 1234}, …]}
+#  GET /v2/…/manifests/sha256:…             → the manifest: a config, and layers from the bottom up
 #  GET /v2/…/blobs/sha256:… for each        → 307 to a CDN, which must not see the token
 #
-#  https://github.com/opencontainers/distribution-spec
+#  https://github.com/opencontainers/distribution-spec, …/image-spec
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+TEXT = re.compile(r"[^\0]*")
+# What we need of the documents; "?" marks what may be missing.
+DESCRIPTOR = {"mediaType?": TEXT, "digest": DIGEST, "size": int}
+INDEX = {"manifests": [{**DESCRIPTOR, "platform?": {"os?": TEXT, "architecture?": TEXT, "variant?": TEXT}}]}
+MANIFEST = {"mediaType?": TEXT, "config": DESCRIPTOR, "layers": [DESCRIPTOR]}
+CONFIG = {"rootfs": {"diff_ids": [DIGEST]}, "history?": list,
+          "config?": {"Env?": [TEXT], "Entrypoint?": [TEXT], "Cmd?": [TEXT], "WorkingDir?": TEXT, "User?": TEXT}}
 
 DOCKER_HUB = "docker.io"
 INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
@@ -166,33 +187,31 @@ MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd
 MANIFEST_LIMIT = 4 << 20  # bytes, as Docker's
 TIMEOUT = (10, int(os.environ.get("MOCKER_TIMEOUT", 30)))  # seconds to connect, seconds of silence
 ATTEMPTS = 4
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
-TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
+# A machine's platform, in the names of the specs, which are Go's.
+PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64/v8", "armv7l": "linux/arm/v7", "armv6l": "linux/arm/v6"}
 # The grammar of https://github.com/distribution/reference
 COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 HOST = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
-REFERENCE = re.compile(rf"({HOST})/({COMPONENT}(?:/{COMPONENT})*)(?::({TAG.pattern}))?(?:@(\S+))?", re.ASCII)
+NAME = rf"({HOST})/({COMPONENT}(?:/{COMPONENT})*)"
+REFERENCE = re.compile(rf"{NAME}(?::(\w[\w.-]{{0,127}}))?(?:@({DIGEST.pattern}))?", re.ASCII)
 
 class Reference:
     """Where an image is: host/repository:tag; or @digest, which is exact and wins over a tag."""
 
     def __init__(self, text, tag=None):
         """tomcat:9 → docker.io, library/tomcat, 9. MockerError where docker says "invalid reference"."""
+        text = f"{text}:{tag}" if tag else text
         # The first component is a host only if it looks like one; else it is somebody on Docker Hub.
         first, slash, _ = text.partition("/")
         is_host = slash and (re.search("[.:]", first) or first == "localhost" or first != first.lower())
         match = REFERENCE.fullmatch(text if is_host else f"{DOCKER_HUB}/{text}")
-        if not match or (tag and (match[3] or match[4])) or len(match[2]) > 255 or re.fullmatch("[0-9a-f]{64}", text):
-            raise MockerError(f"invalid reference '{text}': write [host/]name[:tag] in lower case, as in library/tomcat:9")
-        if match[4] and not DIGEST.fullmatch(match[4]):
-            raise MockerError(f"invalid digest in '{text}': write sha256: and 64 hexadecimal digits")
-        if tag and not TAG.fullmatch(tag):
-            raise MockerError(f"invalid tag '{tag}': letters, digits, '_', '.' and '-', 128 at most")
-        self.host, self.repository = match[1], match[2]
+        check(match and len(match[2]) <= 255 and not re.fullmatch("[0-9a-f]{64}", text),
+              f"invalid reference '{text[:300]}': write [host/]name[:tag][@sha256:…], the name in lower case")
+        self.host, self.repository, tag, self.digest = match.groups()
         if self.host in ("index.docker.io", "registry-1.docker.io", DOCKER_HUB):
             self.host = DOCKER_HUB
             self.repository = self.repository if "/" in self.repository else f"library/{self.repository}"
-        self.digest, self.version = match[4], match[4] or tag or match[3] or "latest"
+        self.version = self.digest or tag or "latest"
         # As `images` shows it, where Docker Hub goes without saying: library/tomcat, localhost:5000/app
         self.name = self.repository if self.host == DOCKER_HUB else f"{self.host}/{self.repository}"
 
@@ -217,28 +236,27 @@ class Registry:
     """One repository of one registry: an HTTP session that answers the registry's challenges."""
 
     def __init__(self, reference, authorization=None):
-        import requests
-        from urllib3.util import Retry
-
-        self.reference, self.authorization = reference, authorization
+        self.reference, self.session = reference, requests.Session()
         self.base = f"{'http' if is_local(reference.host) else 'https'}://{reference.host}"
         if reference.host == DOCKER_HUB:  # or a mirror of it
             self.base = os.environ.get("MOCKER_HUB", "https://registry-1.docker.io").rstrip("/")
-        self.session = requests.Session()
+        self.host = self.base.partition("//")[2].partition("/")[0]
+        if os.environ.get("SSL_CERT_FILE"):  # requests reads only its own name for it
+            os.environ["REQUESTS_CA_BUNDLE"] = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ["SSL_CERT_FILE"]
+        if is_local(self.host):  # no proxy leads to this machine
+            excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+            os.environ["no_proxy"] = f"{excepted},localhost,127.0.0.0/8,::1".strip(",")
         self.session.max_redirects = 10
         self.session.hooks["response"] = [self.check_response]
-        if os.environ.get("SSL_CERT_FILE") and not os.environ.get("REQUESTS_CA_BUNDLE"):
-            os.environ["REQUESTS_CA_BUNDLE"] = os.environ["SSL_CERT_FILE"]  # requests reads only its own name
-        if is_local(self.base.partition("//")[2].partition("/")[0]):  # no proxy leads to this machine
-            excepted = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", "127.0.0.0/8", "::1"]
-            os.environ["no_proxy"] = ",".join(filter(None, excepted))
+        self.session.auth = lambda request: request  # without any, requests would look into ~/.netrc
+        self.session.rebuild_auth = self.strip_authorization
         # A digest is of the bytes as they are stored, so no compression on the way.
-        self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity"})
-        patience = Retry(ATTEMPTS, read=1, backoff_factor=0.3, status_forcelist=(500, 502, 503, 504), raise_on_status=False,
-                         redirect=0, respect_retry_after_header=False)
+        self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity",
+                                     "Authorization": authorization})
+        patience = urllib3.util.Retry(ATTEMPTS, read=1, redirect=0, status_forcelist=(500, 502, 503, 504),
+                                      backoff_factor=0.3, raise_on_status=False, respect_retry_after_header=False)
         for scheme in "https://", "http://":
             self.session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=patience))
-        self.session.rebuild_auth = self.strip_authorization
 
     def strip_authorization(self, request, response):
         """A redirect to another host takes no token along, and finds none in ~/.netrc."""
@@ -247,24 +265,21 @@ class Registry:
 
     def check_response(self, response, **_):
         """Each response, redirects too: say it, and see whether its redirect may be followed."""
-        from urllib.parse import urljoin, urlsplit
-
-        url = urlsplit(response.url)
-        shown = [part for part in url.query.split("&") if re.match("(service|scope)=", part)]  # never a signature
-        query = "?" * bool(url.query) + "&".join(shown + ["…"] * (len(shown) <= url.query.count("&") and bool(url.query)))
-        say(f'"GET {url.scheme}://{url.netloc.rpartition("@")[2]}{url.path}{query} HTTP/1.1" '
+        asked = url.urlsplit(response.url)
+        shown = [part for part in asked.query.split("&") if re.match("(service|scope)=", part)]  # never a signature
+        query = "?" + "&".join(shown or ["…"]) if asked.query else ""
+        say(f'"GET {asked.scheme}://{asked.netloc.rpartition("@")[2]}{asked.path}{query} HTTP/1.1" '
             f'{response.status_code} {response.headers.get("Content-Length", "-")}')
         if response.is_redirect:
-            target = urlsplit(urljoin(response.url, response.headers["Location"]))
-            if not (target.scheme == "https" or target.scheme == "http" and (url.scheme == "http" or is_local(target.netloc))):
-                raise MockerError(f"{url.netloc} redirects to {target.scheme}://{target.netloc}: only https is followed")
+            target = url.urlsplit(url.urljoin(response.url, response.headers["Location"]))
+            plain_is_fine = asked.scheme == "http" or is_local(target.netloc)
+            check(target.scheme == "https" or (target.scheme == "http" and plain_is_fine),
+                  f"{asked.netloc} redirects to {target.scheme}://{target.netloc}: only https is followed")
 
-    def ask(self, url, **options):
+    def ask(self, address, **options):
         """GET. A 429 that says to come back within ten seconds is waited for."""
-        import time
-
         for _ in range(ATTEMPTS):
-            response = self.session.get(url, timeout=TIMEOUT, **options)
+            response = self.session.get(address, timeout=TIMEOUT, **options)
             wait = response.headers.get("Retry-After", "")
             if response.status_code != 429 or not re.fullmatch("[0-9]|10", wait):
                 break
@@ -273,25 +288,15 @@ class Registry:
 
     def get(self, path, **headers):
         """GET, with a token if the registry's challenge asks for one. MockerError says what is wrong."""
-        import requests
-        import urllib3
-
         try:
-            for _ in range(3):  # without a token, with one that others have used up, with a fresh one
-                if self.authorization:
-                    headers["Authorization"] = self.authorization
-                response = self.ask(f"{self.base}/v2/{self.reference.repository}/{path}", headers=headers,
-                                    auth=no_netrc, stream=True)
+            for _ in range(3):  # without a token, with one that has expired, with a fresh one
+                response = self.ask(f"{self.base}/v2/{self.reference.repository}/{path}", headers=headers, stream=True)
                 if response.status_code != 401 or "WWW-Authenticate" not in response.headers:
                     break
-                self.answer(response.headers["WWW-Authenticate"])  # the first, or one that has expired
-        except requests.exceptions.SSLError as error:
-            raise MockerError(f"{self.base}: its certificate is not trusted ({root_cause(error)}): name your CA's file "
-                              "in REQUESTS_CA_BUNDLE, or check the clock") from None
-        except requests.exceptions.TooManyRedirects:
-            raise MockerError(f"{self.base} redirects without end: try again later, or name a mirror in MOCKER_HUB") from None
+                self.answer(response.headers["WWW-Authenticate"])
         except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # whatever an odd address leads to
-            raise MockerError(f"{self.base} can't be reached ({root_cause(error)}): check the network, "
+            advice = "name your CA's file in REQUESTS_CA_BUNDLE" if "certificate" in str(error) else "check the network"
+            raise MockerError(f"{self.base} can't be reached ({root_cause(error)}): {advice}, "
                               "or name a mirror in MOCKER_HUB") from None
         if response.status_code not in (200, 206):
             raise self.refusal(response)
@@ -299,58 +304,43 @@ class Registry:
 
     def refusal(self, response):
         """A status that is no success → the line that says what to do."""
-        name, host, status = self.reference, self.reference.host, response.status_code
-        if status == 429:
-            limit = re.fullmatch(r"(\d{1,9});w=(\d{1,9})", response.headers.get("ratelimit-limit", ""))
-            allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
-            when = response.headers.get("Retry-After", "")[:40]
-            return MockerError(f"{self.base} answers 429: too many pulls{allowed}, for all behind this address together: try "
-                               f"again {f'in {when} s' if when else 'later'}, docker login, or name a mirror in MOCKER_HUB")
-        if status in (401, 403):
-            return MockerError(f"{host} refuses {name} ({status}): no such image, or it is private: docker login {host}")
-        if status == 404:
-            return MockerError(f"no such image: {name}: check the name and the tag at {self.base}")
-        return MockerError(f"{self.base} answers {status} {response.reason} for {name}: try again later")
+        name, wait = self.reference, response.headers.get("Retry-After", "")[:40]
+        limit = re.fullmatch(r"(\d{1,9});w=(\d{1,9})", response.headers.get("ratelimit-limit", ""))
+        allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
+        private = f"{name} is no such image, or it is private: docker login {self.host}"
+        advice = {401: private, 403: private, 404: f"no such image: {name}: check the name and the tag",
+                  429: f"too many pulls{allowed}, for all behind this address together: try again "
+                       f"{f'in {wait} s' if wait else 'later'}, docker login, or name a mirror in MOCKER_HUB"}
+        return MockerError(f"{self.base} answers {response.status_code} {response.reason[:100]}: "
+                           + advice.get(response.status_code, f"{self.reference} can't be had now, try again later"))
 
     def answer(self, challenge):
         """WWW-Authenticate (RFC 9110 §11.6.1) → an Authorization header that satisfies it."""
-        import base64
-        from urllib.request import parse_http_list, parse_keqv_list
-
         prove("the registry's challenge", challenge)
-        scheme, _, rest = challenge.partition(" ")
-        asked_host = self.base.partition("//")[2]  # a mirror is not to see Docker Hub's password
-        credentials = find_credentials(DOCKER_HUB if asked_host == "registry-1.docker.io" else asked_host)
-        if scheme.lower() == "basic" and credentials:
-            self.authorization = "Basic " + base64.b64encode(":".join(credentials).encode()).decode()
-        elif scheme.lower() == "bearer":
-            asked = parse_keqv_list([item for item in parse_http_list(rest) if re.search("=.", item)])
-            self.authorization = "Bearer " + self.fetch_token(asked, credentials)
+        credentials = find_credentials(DOCKER_HUB if self.host == "registry-1.docker.io" else self.host)
+        if challenge.lower().startswith("bearer "):
+            asked = re.findall(r'(\w+)=(?:"([^"]+)"|([^\s",]+))', challenge)
+            answer = "Bearer " + self.fetch_token({key: quoted or bare for key, quoted, bare in asked}, credentials)
         else:
-            raise MockerError(f"{self.reference.host} wants a name and a password: docker login {self.reference.host}")
+            check(credentials, f"{self.host} wants a name and a password: docker login {self.host}")
+            answer = "Basic " + base64.b64encode(":".join(credentials).encode()).decode()
+        self.session.headers["Authorization"] = answer
 
     def fetch_token(self, asked, credentials):
         """From the realm, a token that allows this pull and no more. It may expire in mid-pull."""
-        realm, scope = asked.get("realm", ""), f"repository:{self.reference.repository}:pull"
-        if not realm.startswith("https://") and not (realm.startswith("http://") and self.base.startswith("http://")):
-            raise MockerError(f"{self.reference.host} sends to '{realm}' for a token: only https is asked")
-        parameters = {"service": asked["service"], "scope": scope} if "service" in asked else {"scope": scope}
-        response = self.ask(realm, params=parameters, auth=credentials or no_netrc)
+        realm, wanted = asked.get("realm", ""), {"scope": f"repository:{self.reference.repository}:pull"}
+        check(realm.startswith("https://") or realm.startswith("http://") and self.base.startswith("http://"),
+              f"{self.host} sends to '{realm}' for a token: only https is asked")
+        wanted.update({"service": asked["service"]} if "service" in asked else {})
+        response = self.ask(realm, params=wanted, auth=credentials, headers={"Authorization": None})
         if response.status_code != 200:
             raise self.refusal(response)
-        body = parse_json(response.content, "the token")
-        token = expect(body.get("token") or body.get("access_token"), str, "the token")
+        body = parse_json(response.content, {"token?": TEXT, "access_token?": TEXT}, "the token")
+        token = body.get("token") or body.get("access_token") or ""
+        check(re.fullmatch(r"[\x21-\x7e]+", token), f"{realm} gives a token that no header can hold: try again later")
         with contextlib.suppress(ValueError, IndexError):
-            import base64
-
             prove("the token's claims, decoded", base64.urlsafe_b64decode(token.split(".")[1] + "==").decode())
-        if not re.fullmatch(r"[\x21-\x7e]+", token):
-            raise MockerError(f"{realm} gives a token that no header can hold: try again, or name a mirror in MOCKER_HUB")
         return token
-
-def no_netrc(request):
-    """An `auth` that adds nothing: without any, requests would take one from ~/.netrc."""
-    return request
 
 def root_cause(error):
     """The innermost reason in a chain of libraries' errors, in a few words."""
@@ -361,66 +351,62 @@ def root_cause(error):
 
 def find_credentials(host):
     """(user, password) from docker's ~/.docker/config.json or the helper that it names, or None."""
-    import base64
-
+    what, folder = "~/.docker/config.json", os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
     try:
-        with open(os.path.join(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")) as file:
-            config = parse_json(file.read(), "~/.docker/config.json")
+        with open(os.path.join(folder, "config.json")) as file:
+            config = parse_json(file.read(), {"auths?": dict, "credHelpers?": dict, "credsStore?": TEXT}, what)
     except OSError:
         return None
 
-    def entries(key):  # docker has written host, https://host and https://host/v1/
-        found = expect(config.get(key) or {}, dict, f"{key} of ~/.docker/config.json")
-        return {re.sub("^https?://", "", name).partition("/")[0]: value for name, value in found.items()}
+    def entry(key):  # docker has written host, https://host and https://host/v1/
+        entries = (config.get(key) or {}).items()
+        found = {re.sub("^https?://", "", name).partition("/")[0]: value for name, value in entries}
+        return found.get("index.docker.io" if host == DOCKER_HUB else host)
 
-    server = "index.docker.io" if host == DOCKER_HUB else host
-    helper = entries("credHelpers").get(server) or config.get("credsStore")
+    helper = entry("credHelpers") or config.get("credsStore")
     if helper:
-        answer = run_tool([f"docker-credential-{helper}", "get"], "https://index.docker.io/v1/" if host == DOCKER_HUB else host)
-        found = parse_json(answer or "{}", f"docker-credential-{helper}")
+        server = "https://index.docker.io/v1/" if host == DOCKER_HUB else host
+        answer = run_tool([f"docker-credential-{helper}", "get"], server) or "{}"
+        found = parse_json(answer, {"Username?": TEXT, "Secret?": TEXT}, f"docker-credential-{helper}")
         return (found["Username"], found["Secret"]) if "Secret" in found else None
-    entry = expect(entries("auths").get(server) or {}, dict, f"the entry of {server} in ~/.docker/config.json")
-    try:
-        user, colon, password = base64.b64decode(entry.get("auth") or "").decode().partition(":")
-    except (ValueError, TypeError):
-        raise MockerError(f"the entry of {server} in ~/.docker/config.json is damaged: docker login {server}") from None
+    with explained(ValueError, f"the entry of {host} in {what} is damaged: docker login {host}"):
+        auth = check_shape(entry("auths") or {}, {"auth?": TEXT}, f"the entry of {host} in {what}").get("auth") or ""
+        user, colon, password = base64.b64decode(auth).decode().partition(":")
     return (user, password) if colon else None
 
 def run_tool(command, text=None):
     """Another program, told as a command → its output; None if it is not there or refuses."""
     tell(shlex.join(command) + (f" <<< {shlex.quote(text)}" if text else ""))
-    try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
+    # cron's PATH, and that of `su` without a dash, has no sbin, where nft is.
+    path = [place for folder in os.get_exec_path() for place in (folder, re.sub("/bin$", "/sbin", folder))]
+    with contextlib.suppress(FileNotFoundError):
+        environment = {**os.environ, "PATH": ":".join(path)}
+        done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
+        return done.stdout if done.returncode == 0 else None
+    return None
 
-def parse_json(raw, what):
-    """From outside → a dict; MockerError if it is anything else."""
-    try:
-        return expect(json.loads(raw), dict, what)
-    except (ValueError, RecursionError):
-        raise MockerError(f"{what} is not JSON: the registry is broken, or it is none") from None
+def parse_json(raw, shape, what):
+    """From outside → a document of that shape; MockerError if it is anything else."""
+    with explained((ValueError, RecursionError), f"{what} is not JSON: the registry is broken, or it is none"):
+        return check_shape(json.loads(raw), shape, what)
 
-def expect(value, kind, what):
-    """`value`, if it is of the kind that the spec says: another shape is refused, not guessed at."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        name = {dict: "an object", list: "a list", str: "text", int: "a number"}[kind]
-        raise MockerError(f"{what} should be {name}: this image is broken, or it is no image")
+def check_shape(value, shape, what):
+    """`value`, if it is as the spec says: {"key": shape}, [shape], a type or a pattern. Nothing is guessed at."""
+    kind = str if isinstance(shape, re.Pattern) else shape if isinstance(shape, type) else type(shape)
+    names = {dict: "an object", list: "a list", str: "valid text", int: "a number"}
+    check(isinstance(value, kind) and not isinstance(value, bool) and not (kind is int and value < 0)
+          and not (kind is str and not shape.fullmatch(value)),
+          f"{what} should be {names[kind]}, not {str(value)[:80]}: this image is broken, or it is no image")
+    for key, inner in shape.items() if isinstance(shape, dict) else ():
+        name = key.rstrip("?")
+        if name == key or value.get(name) is not None:
+            check_shape(value.get(name), inner, f"{what}'s {name}")
+    for item in value if isinstance(shape, list) else ():
+        check_shape(item, shape[0], f"an entry of {what}")
     return value
-
-def descriptor(value, what):
-    """{"mediaType", "digest", "size"}: how the OCI specs point to a blob."""
-    digest = expect(expect(value, dict, what).get("digest"), str, f"{what}'s digest")
-    size = expect(value.get("size"), int, f"{what}'s size")
-    if not DIGEST.fullmatch(digest) or size < 0:
-        raise MockerError(f"{what}'s digest '{digest[:80]}' or its size is not valid: this image is broken")
-    return {"mediaType": expect(value.get("mediaType", ""), str, f"{what}'s mediaType"), "digest": digest, "size": size}
 
 def digest_of(data, algorithm="sha256"):
     """Of bytes, or of an open file → sha256:…, the name that everything goes by."""
-    import hashlib
-
     found = hashlib.new(algorithm)
     for piece in [data] if isinstance(data, bytes) else pieces(data):
         found.update(piece)
@@ -429,56 +415,42 @@ def digest_of(data, algorithm="sha256"):
 def check_digest(data, digest, what):
     """Is it what was asked for? Whoever served it: that is what a digest is for."""
     found = digest_of(data, digest.partition(":")[0])
-    if found != digest:
-        raise MockerError(f"{what} is damaged: its digest is {found[:19]}…, not {digest[:19]}…; pull again")
+    check(found == digest, f"{what} is damaged: its digest is {found[:19]}…, not {digest[:19]}…; pull again")
 
 def fetch_manifest(registry, version):
-    """A manifest or an index, by tag or by digest → raw bytes, JSON, media type, digest."""
-    import urllib3
-
-    what = f"the manifest of {registry.reference}"
-    if DIGEST.fullmatch(version):
-        drop_damaged(version)
-    raw, kind = read_blob(version) if DIGEST.fullmatch(version) else None, ""
+    """A manifest or an index, by tag or by digest → JSON, and a descriptor of it. Its bytes go into the store."""
+    what, digest = f"the manifest of {registry.reference}", version if DIGEST.fullmatch(version) else None
+    raw, kind = read_blob(digest) if digest else None, ""
     if raw is None:  # what was asked for by digest, and is here, can't have changed
         response = registry.get(f"manifests/{version}", Accept=", ".join(MANIFEST_TYPES + INDEX_TYPES))
-        try:
+        with explained(urllib3.exceptions.HTTPError, f"{what} is cut off ({{}}): try again"):
             raw = response.raw.read(MANIFEST_LIMIT + 1)
-        except urllib3.exceptions.HTTPError as error:
-            raise MockerError(f"{what} is cut off ({root_cause(error)}): try again") from None
+        check(len(raw) <= MANIFEST_LIMIT, f"{what} is larger than 4 MiB: no real one is")
+        check_digest(raw, digest or digest_of(raw), what)
         kind = response.headers.get("Content-Type", "").partition(";")[0]
-        if len(raw) > MANIFEST_LIMIT:
-            raise MockerError(f"{what} is larger than 4 MiB: no real one is")
-        if DIGEST.fullmatch(version):
-            check_digest(raw, version, what)
-    manifest = parse_json(raw, what)
-    kind = expect(manifest.get("mediaType", kind), str, what)
-    if manifest.get("schemaVersion") == 1 or "docker.distribution.manifest.v1+" in kind:
-        raise MockerError(f"{registry.reference} is in the old schema 1 format, which Docker dropped, too: pull a newer tag")
-    return raw, manifest, kind, version if DIGEST.fullmatch(version) else digest_of(raw)
-
-def this_platform():
-    """os/architecture/variant of this machine, in the names of the specs, which are Go's."""
-    machine = os.uname().machine
-    names = {"x86_64": "amd64", "aarch64": "arm64/v8", "armv7l": "arm/v7", "armv6l": "arm/v6", "i686": "386"}
-    return f"linux/{names.get(machine, machine)}"
+    manifest = parse_json(raw, {"mediaType?": TEXT}, what)
+    kind = manifest.get("mediaType") or kind
+    check(manifest.get("schemaVersion") != 1 and "docker.distribution.manifest.v1+" not in kind,
+          f"{registry.reference} is in the old schema 1 format, which Docker dropped, too: pull a newer tag")
+    return manifest, {"digest": save_blob(raw, digest or digest_of(raw)), "mediaType": kind, "size": len(raw)}
 
 def choose_platform(index, wanted, what):
-    """The index's entry for a platform. An attestation (unknown/unknown) is none; arm64 means arm64/v8."""
+    """The digest for a platform. An attestation (unknown/unknown) is none; arm64 means arm64/v8."""
     there = {}
-    for entry in expect(index.get("manifests"), list, f"{what}'s manifests"):
-        platform = expect(expect(entry, dict, f"an entry of {what}").get("platform") or {}, dict, f"a platform of {what}")
-        name = "/".join(str(platform[key]) for key in ("os", "architecture", "variant") if platform.get(key))
+    for entry in check_shape(index, INDEX, what)["manifests"]:
+        platform = entry.get("platform") or {}
+        name = "/".join(platform[key] for key in ("os", "architecture", "variant") if platform.get(key))
         if not name.startswith("unknown"):
-            there.setdefault(name, entry)
+            there.setdefault(name, entry["digest"])
     older = [re.sub("v[67]$", f"v{n}", wanted) for n in (6, 5) if wanted.startswith("linux/arm/")]
     for name in (wanted, f"{wanted}/v8", re.sub("/v8$", "", wanted), *older, ""):
         if name in there:
             prove(f"the index's platforms: {', '.join(there)}; chosen", name)
-            return descriptor(there[name], f"an entry of {what}")
-    raise MockerError(f"{what} is not there for {wanted}, only for {', '.join(sorted(there)) or 'none'}: try --platform=…")
+            return there[name]
+    others = ", ".join(sorted(there)) or "none"
+    raise MockerError(f"{what} is not there for {wanted}, only for {others}: try --platform=…")
 
-@step
+@step()
 def find_manifest(registry, platform):
     """Ask the registry which manifest the name stands for
 
@@ -489,59 +461,38 @@ def find_manifest(registry, platform):
     """
     what, version = str(registry.reference), registry.reference.version
     for _ in range(4):  # an index may point to an index
-        raw, manifest, kind, digest = fetch_manifest(registry, version)
-        save_blob(digest, raw)
-        if "manifests" in manifest and "layers" in manifest:
-            raise MockerError(f"{what} claims to be an index and a manifest at once: this image is broken, or a trick")
-        if "manifests" not in manifest and kind not in INDEX_TYPES:
-            return {"digest": digest, "mediaType": kind, "size": len(raw), "manifest": check_manifest(manifest, what)}
-        version = choose_platform(manifest, platform, what)["digest"]
+        manifest, descriptor = fetch_manifest(registry, version)
+        check("manifests" not in manifest or "layers" not in manifest,
+              f"{what} claims to be an index and a manifest at once: this image is broken, or a trick")
+        if "manifests" not in manifest and descriptor["mediaType"] not in INDEX_TYPES:
+            return {**descriptor, "manifest": check_shape(manifest, MANIFEST, what)}
+        version = choose_platform(manifest, platform, what)
     raise MockerError(f"{what} is an index of indexes, without end: this image is broken")
 
-def check_manifest(manifest, what):
-    """What we need of a manifest, its shape checked."""
-    layers = [descriptor(layer, f"a layer of {what}") for layer in expect(manifest.get("layers"), list, f"{what}'s layers")]
-    if any(re.search("nondistributable|foreign", layer["mediaType"]) for layer in layers):
-        raise MockerError(f"{what} has a foreign layer, as Windows images do: it can't run here")
-    return {"config": descriptor(manifest.get("config"), f"{what}'s config"), "layers": layers}
-
-def check_config(raw, layers, what):
-    """The image's config. It must have a diff_id for each layer, and text where `run` wants text."""
-    config = parse_json(raw, f"{what}'s config")
-    diff_ids = expect(expect(config.get("rootfs"), dict, f"{what}'s rootfs").get("diff_ids"), list, f"{what}'s diff_ids")
-    if len(diff_ids) != len(layers) or not all(isinstance(d, str) and DIGEST.fullmatch(d) for d in diff_ids):
-        raise MockerError(f"{what} has {len(layers)} layers, but no valid diff_id for each: this image is broken")
-    wanted = expect(config.get("config") or {}, dict, f"{what}'s config")
-    for key, kind in (("Env", list), ("Entrypoint", list), ("Cmd", list), ("WorkingDir", str), ("User", str)):
-        for item in expect(wanted.get(key) or kind(), kind, f"{what}'s {key}"):
-            if "\0" in expect(item, str, f"{what}'s {key}"):
-                raise MockerError(f"{what}'s {key} has a NUL in it: this image is broken")
-    history = [line for line in expect(config.get("history") or [], list, f"{what}'s history") if isinstance(line, dict) and not line.get("empty_layer")]
-    for layer, line in zip(layers, history) if story.level >= EXPLAIN else ():
+def fetch_config(registry, manifest, partial):
+    """The image's config. It must have a diff_id for each layer."""
+    what, blob, layers = str(registry.reference), manifest["config"], manifest["layers"]
+    check(blob["size"] <= MANIFEST_LIMIT, f"the config of {what} is larger than 4 MiB: no real one is")
+    check(not any(re.search("nondistributable|foreign", layer.get("mediaType") or "") for layer in layers),
+          f"{what} has a foreign layer, as Windows images do: it can't run here")
+    if read_blob(blob["digest"]) is None:
+        fetch_blob(registry, blob, partial)
+    config = parse_json(read_blob(blob["digest"]), CONFIG, f"{what}'s config")
+    check(len(config["rootfs"]["diff_ids"]) == len(layers), f"{what} has not a diff_id for each of its layers: broken")
+    history = [line for line in config.get("history") or [] if isinstance(line, dict) and not line.get("empty_layer")]
+    for layer, line in zip(layers, history):
         prove(f"layer {layer['digest'][:19]}…, {layer['size']} bytes, was made by", str(line.get("created_by"))[:200])
     return config
 
 def fetch_blob(registry, blob, partial, received=lambda count: None):
-    """A blob into the store, unless it is there."""
-    digest = blob["digest"]
-    # Two layers may have the same blob: the second waits for the first.
-    with locked(os.path.join(partial, f"{digest[7:]}.lock")):
-        if not os.path.exists(blob_path(digest)):
-            download_blob(registry, blob, partial, received)
-
-def download_blob(registry, blob, partial, received):
-    """After a drop it goes on by Range (RFC 9110 §14.2); what comes is checked before it counts."""
-    import requests
-    import urllib3
-
+    """A blob into the store. After a drop it goes on by Range (RFC 9110 §14.2); it is checked before it counts."""
     digest, size, idle = blob["digest"], blob["size"], 0
     with open(os.path.join(partial, f"{os.getpid()}-{digest[7:]}"), "w+b") as file:
         while file.tell() < size and idle < ATTEMPTS:
             offset = file.tell()
             response = registry.get(f"blobs/{digest}", **({"Range": f"bytes={offset}-"} if offset else {}))
             if response.status_code != 206:
-                file.seek(0)
-                file.truncate()
+                file.truncate(file.seek(0))
             try:
                 for piece in pieces(response.raw):
                     file.write(piece)
@@ -551,16 +502,13 @@ def download_blob(registry, blob, partial, received):
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 say(f"the connection dropped at byte {file.tell()} ({root_cause(error)}); going on")
             idle = idle + 1 if file.tell() <= offset else 0
-        if file.tell() != size:
-            raise MockerError(f"{digest[:19]}… has {file.tell()} bytes, not the {size} that its manifest says: pull again")
+        check(file.tell() == size, f"{digest[:15]}… has {file.tell()} bytes, not {size}: pull again")
         file.seek(0)
         check_digest(file, digest, f"blob {digest[:19]}…")
     os.makedirs(os.path.dirname(blob_path(digest)), exist_ok=True)
     os.rename(file.name, blob_path(digest))
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  The image store: blobs, layers, whiteouts
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+# ═══ The image store: blobs, layers, whiteouts ═══════════════════════════════════════════════════
 #
 #  ~/mocker is an OCI image layout, which skopeo, podman and umoci can read, and a little more:
 #
@@ -573,7 +521,6 @@ def download_blob(registry, blob, partial, received):
 #  All is made elsewhere and appears by rename(2): there is never half of anything.
 
 LAYER_LIMIT = int(os.environ.get("MOCKER_LAYER_LIMIT", 10 << 30))  # bytes that one layer may unpack to
-OPAQUE = "trusted.overlay.opaque"
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 def store(*parts):
@@ -586,27 +533,20 @@ def layer_path(chain_id):
     return store("layers", chain_id.partition(":")[2])
 
 def read_blob(digest):
-    """A small blob (manifest or config), checked again; None if it is not here."""
-    try:
-        with open(blob_path(digest), "rb") as file:
-            raw = file.read(MANIFEST_LIMIT + 1)
-    except FileNotFoundError:
-        return None
-    check_digest(raw, digest, f"the stored blob {digest[:19]}…")
-    return raw
-
-def drop_damaged(digest):
-    """A small blob that went bad on the disk is fetched again."""
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            read_blob(digest)
-        except MockerError:
-            os.unlink(blob_path(digest))
-
-def save_blob(digest, raw):
-    drop_damaged(digest)
+    """A small blob (manifest or config), checked again. None if it is not here; one that went bad goes."""
     if not os.path.exists(blob_path(digest)):
+        return None
+    raw = read_file(blob_path(digest))
+    return raw if digest_of(raw, digest.partition(":")[0]) == digest else os.unlink(blob_path(digest))
+
+def read_file(path):
+    with open(path, "rb") as file:
+        return file.read(MANIFEST_LIMIT + 1)
+
+def save_blob(raw, digest):
+    if read_blob(digest) is None:
         write_file(blob_path(digest), raw)
+    return digest
 
 def write_file(path, content):
     """Whole, or not at all: under a name of our own, then renamed."""
@@ -619,6 +559,16 @@ def write_file(path, content):
     except OSError:
         os.unlink(mine)
         raise
+
+def need_disk():
+    """Layers need whiteouts, and an overlay keeps those for itself. But what else is / inside docker?"""
+    os.makedirs(HOME, exist_ok=True)
+    try:
+        os.mknod(store(f"{os.getpid()}.probe"), stat.S_IFCHR, 0)  # as overlayfs marks a whiteout
+        os.unlink(store(f"{os.getpid()}.probe"))
+    except PermissionError:
+        say(f"{HOME} lies on an overlay, which can't hold layers: it gets a tmpfs, and is lost with this machine")
+        mount("tmpfs", HOME, "tmpfs", MS_NODEV, "mode=755")
 
 @contextlib.contextmanager
 def locked(directory, wait=True):
@@ -656,121 +606,56 @@ def chain_ids(diff_ids):
     return chain
 
 class Image:
-    """A stored image: its JSON file, and its config."""
+    """A stored image: its JSON file, its config, its unpacked layers from the bottom up."""
 
     def __init__(self, file):
-        with open(store(file), "rb") as stored:
-            self.stored = parse_json(stored.read(), file)
-        try:
-            self.file, self.name, self.version = file, self.stored["name"], self.stored["version"]
-            self.manifest = self.stored["manifest"]
-            self.size = self.manifest["config"]["size"] + sum(layer["size"] for layer in self.manifest["layers"])
-        except (KeyError, TypeError):
-            raise MockerError(f"{store(file)} is no stored image: remove it, and pull the image again") from None
+        shape = {"name": TEXT, "version": TEXT, "digest": DIGEST, "mediaType": TEXT, "size": int, "manifest": MANIFEST}
+        with explained(MockerError, f"{store(file)} is no stored image: remove it, and pull the image again"):
+            self.stored = parse_json(read_file(store(file)), shape, file)
+        self.file, self.name, self.version, self.manifest = file, *map(self.stored.get, ("name", "version", "manifest"))
+        self.blobs = [self.manifest["config"], *self.manifest["layers"]]
+        self.size = sum(blob["size"] for blob in self.blobs)
 
     @functools.cached_property
     def config(self):
         raw = read_blob(self.manifest["config"]["digest"])
-        if raw is None:
-            raise MockerError(f"{self.name} has lost its config: mocker pull {self.name}")
-        return parse_json(raw, f"{self.name}'s config")
+        check(raw is not None, f"{self.name} has lost its config: mocker pull {self.name}")
+        return parse_json(raw, CONFIG, f"{self.name}'s config")
 
     @property
     def layers(self):
-        """The unpacked layers' directories, from the bottom up."""
         return [layer_path(chain_id) for chain_id in chain_ids(self.config["rootfs"]["diff_ids"])]
 
 def all_images():
     files = os.listdir(HOME) if os.path.isdir(HOME) else []
     return [Image(file) for file in sorted(files) if file.endswith(".json") and file != "index.json"]
 
-# ── A layer's blob: packed, counted, hashed ────────────────────────────────────────────────────────
+# ── Unpacking a layer ──────────────────────────────────────────────────────────────────────────────
 
 def pieces(file):
     return iter(lambda: file.read(1 << 18), b"")
 
 def decompressed(file):
-    """The tar in a blob, in pieces. How it is packed, its first bytes tell, whatever its media type says."""
+    """The tar in a blob. How it is packed, its first bytes tell, whatever its media type says."""
     magic = file.read(4)
     file.seek(0)
-    if magic.startswith(GZIP):
-        return inflate(file)
-    if magic != ZSTD:
-        return pieces(file)
-    try:
-        from compression import zstd  # Python 3.14
-    except ImportError:
-        from backports import zstd
-    return pieces(zstd.ZstdFile(file))
+    if magic == ZSTD:
+        in_python = "compression" if sys.version_info >= (3, 14) else "backports"
+        return importlib.import_module(f"{in_python}.zstd").ZstdFile(file)
+    return importlib.import_module("gzip").open(file) if magic.startswith(GZIP) else file
 
-def inflate(file):
-    """gzip (RFC 1952): one member or several, with nothing but zeros after them."""
-    import zlib
-
-    data = file.read(1 << 18)
-    while data:
-        member = zlib.decompressobj(wbits=31)
-        while not member.eof:
-            if not data:
-                raise EOFError("the gzip data ends too early")
-            piece = member.decompress(data, 1 << 20)
-            if piece:
-                yield piece
-            data = member.unconsumed_tail or (not member.eof and file.read(1 << 18))
-        data = (member.unused_data or file.read(1 << 18)).lstrip(b"\0")
-
-class LayerStream:
-    """A layer's tar as a file that is read forward only; counts and hashes what passes."""
-
-    def __init__(self, file, diff_id):
-        import hashlib
-
-        self.diff_id, self.hash = diff_id, hashlib.new(diff_id.partition(":")[0])
-        self.pieces, self.buffer, self.position, self.total = decompressed(file), b"", 0, 0
-        self.last = b""  # what was read last
-
-    def read(self, size):
-        """Exactly `size` bytes, or what is left. More than 1 MiB at once only a forged header asks for."""
-        if size > 1 << 20:
-            raise ValueError("a header is too long")
-        while len(self.buffer) - self.position < size:
-            piece = next(self.pieces, b"")
-            if not piece:
-                size = len(self.buffer) - self.position
-            self.hash.update(piece)
-            self.total += len(piece)
-            if self.total > LAYER_LIMIT:
-                raise MockerError(f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, raise MOCKER_LAYER_LIMIT")
-            self.buffer, self.position = self.buffer[self.position :] + piece, 0
-        self.position += size
-        self.last = self.buffer[self.position - size : self.position]
-        return self.last
-
-    def tell(self):
-        return self.total - len(self.buffer) + self.position
-
-    def seek(self, offset):
-        while self.tell() < offset and self.read(min(offset - self.tell(), 1 << 20)):
-            pass
-
-    def copy(self, size, handle):
-        """The next `size` bytes, into an open file."""
-        while size:
-            data = self.read(min(size, 1 << 20))
-            if not data:
-                raise EOFError("the tar ends in the middle of a file")
-            size -= len(data)
-            while data:
-                data = data[os.write(handle, data) :]
-
-    def finish(self):
-        """The diff_id counts all, also what follows the end of the tar."""
-        while self.read(1 << 18):
-            pass
-        if self.hash.hexdigest() != self.diff_id.partition(":")[2]:
-            raise MockerError(f"a layer does not unpack to the diff_id {self.diff_id[:19]}… of its config: damaged, or forged")
-
-# ── Unpacking ──────────────────────────────────────────────────────────────────────────────────────
+def inflate(digest, diff_id, target):
+    """The tar in a blob, into an open file; bounded, and checked against the diff_id before it is used."""
+    algorithm, _, wanted = diff_id.partition(":")
+    found, total = hashlib.new(algorithm), 0
+    with open(blob_path(digest), "rb") as blob:
+        for piece in pieces(decompressed(blob)):
+            total += len(piece)
+            check(total <= LAYER_LIMIT, f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, "
+                  "raise MOCKER_LAYER_LIMIT")
+            found.update(piece)
+            target.write(piece)
+    check(found.hexdigest() == wanted, f"a layer does not unpack to its diff_id {diff_id[:19]}…: damaged, or forged")
 
 @contextlib.contextmanager
 def confined(directory):
@@ -791,177 +676,102 @@ def confined(directory):
         os.close(outside)
         sys.meta_path = finders
 
+class TarFile(io.FileIO):
+    """A tar to be read. More than 1 MiB at once only a forged header asks for."""
+
+    def read(self, size):
+        check(size <= 1 << 20, "a layer has a header without end: this image is broken")
+        return super().read(size)
+
 class Unpacker:
-    """One layer on its way into a directory, in a process whose root that directory is."""
+    """A tar on its way onto the layers below it, in a process whose root they are."""
 
-    def __init__(self, stream):
-        self.stream, self.names, self.directories = stream, [], {}
-        self.implied = set()  # directories that the tar leaves out: the layers below know their modes
-        self.borrowed = []  # (path, target) of hard links to files of the layers below
-        self.whiteouts = []
+    def __init__(self):
+        self.names = []  # the first ten, to be shown
+        self.placed = set()  # what this layer has brought: no whiteout of its own touches that
+        self.times = {}  # of directories: set last, since each new file changes its directory's
 
-    def unpack(self):
-        import tarfile
-
-        try:
-            tar = tarfile.TarFile(fileobj=self.stream, encoding="utf-8", errors="surrogateescape")
-        except tarfile.ReadError:
-            if self.stream.total:
-                raise
-            return self.stream.finish()  # no bytes at all are no files
+    def unpack(self, file):
+        if not os.fstat(file.fileno()).st_size:
+            return  # no bytes at all are no files
+        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
+        tar.extraction_filter = lambda member, path: member  # a newer tarfile would change owners and modes
         while member := tar.next():
             tar.members.clear()  # or tarfile keeps them all
             self.names += [member.name] if len(self.names) < 10 else []
-            self.place(member, os.path.normpath("/" + member.name.lstrip("/")))
-        if self.stream.last.strip(b"\0") or self.stream.read(512).strip(b"\0"):
-            raise ValueError("a header is damaged")  # to tarfile, that is the end
-        for path, member in reversed(self.directories.items()):
-            set_times(path, member)  # last, since each new file changes its directory's
-        return self.stream.finish()
+            self.place(tar, member, os.path.normpath("/" + member.name.lstrip("/")))
+        file.seek(tar.offset)
+        check(not file.read(512).strip(b"\0"), "a layer has a damaged header: pull again")  # tarfile: the end
+        for path, stamp in self.times.items():
+            os.utime(path, ns=(stamp, stamp))
 
-    def place(self, member, path):
-        """One member of the tar. A later one replaces an earlier one of the same name."""
+    def place(self, tar, member, path):
+        """One member of the tar. A later one replaces an earlier one, and what the layers below have there."""
         folder, name = os.path.split(path)
         if name.startswith(".wh."):
             return self.whiteout(folder, name[len(".wh.") :])
-        whiteout = False
-        try:
-            self.make(member, path)
-        except (FileExistsError, FileNotFoundError, NotADirectoryError):
-            self.add_parents(folder)
-            whiteout = self.remove(path)
-            self.make(member, path)
+        check(member.type in tarfile.SUPPORTED_TYPES, f"a layer has '{member.name}' of unknown type: broken")
+        target = os.path.normpath("/" + member.linkname.lstrip("/"))
+        check(not member.islnk() or path != target and os.path.lexists(target) and not is_directory(target),
+              f"a layer has a hard link '{path}' to '{target}', which is nowhere: this image is broken")
+        self.enter(folder)
+        self.placed.add(path)
+        if not (member.isdir() and is_directory(path)):
+            self.remove(path)
+            if member.islnk():
+                return os.link(target, path, follow_symlinks=False)
+            member.name = path
+            tar.extract(member, "/", set_attrs=False)
+        stamp = set_metadata(path, member)
         if member.isdir():
-            self.directories[path] = member
-            self.implied.discard(path)
-            if whiteout:
-                make_opaque(path)
-        else:
-            self.directories.pop(path, None)
+            self.times[path] = stamp
+        return None
 
-    def make(self, member, path):
-        """As its type says. FileExistsError, FileNotFoundError: something is in the way, or not there yet."""
-        if member.isdir():
-            if path not in self.directories and not is_directory(path):
-                os.mkdir(path)
-        elif member.isreg():
-            self.make_file(member, path)
-        elif member.issym():
-            os.symlink(member.linkname, path)
-        elif member.isfifo() or member.isdev():
-            kind = stat.S_IFIFO if member.isfifo() else stat.S_IFCHR if member.ischr() else stat.S_IFBLK
-            os.mknod(path, kind, 0 if member.isfifo() else os.makedev(member.devmajor, member.devminor))
-        elif member.islnk():
-            return self.make_link(path, os.path.normpath("/" + member.linkname.lstrip("/")))
-        else:
-            raise MockerError(f"a layer has '{member.name}' of unknown type {member.type}: this image is broken")
-        return set_metadata(path, member)
-
-    def make_file(self, member, path):
-        """Sparse files keep their holes."""
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        try:
-            for offset, size in [(0, member.size)] if member.sparse is None else member.sparse:
-                os.lseek(handle, offset, os.SEEK_SET)
-                self.stream.copy(size, handle)
-            if member.sparse is not None:
-                os.ftruncate(handle, member.size)
-        finally:
-            os.close(handle)
-
-    def make_link(self, path, target):
-        if path == target:
-            raise MockerError(f"a layer has a hard link '{path}' to itself: this image is broken")
-        if os.path.lexists(target):
-            os.link(target, path, follow_symlinks=False)
-        else:
-            os.lstat(os.path.dirname(path))
-            self.borrowed.append((path, target))
-
-    def add_parents(self, folder):
-        """Directories that a member needs, but the tar has not (yet)."""
-        if not os.path.isdir(folder):
-            self.add_parents(os.path.dirname(folder))
-            whiteout = self.remove(folder)
-            os.mkdir(folder, 0o755)
-            if whiteout:
-                make_opaque(folder)  # what was below is gone, and its mode with it
-            else:
-                self.implied.add(folder)
+    def enter(self, folder):
+        """A directory in which something is to change: made, if the tar has it not (yet)."""
+        if folder not in self.times:
+            self.placed.add(folder)
+            if folder != "/":
+                self.enter(os.path.dirname(folder))
+            if not os.path.isdir(folder):
+                self.remove(folder)
+                os.mkdir(folder, 0o755)
+            self.times[folder] = os.stat(folder).st_mtime_ns
 
     def remove(self, path):
-        """Whatever is there. → was it a whiteout? Then a new directory must go on hiding what is below."""
-        import shutil
-
-        try:
-            status = os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        if path == "/":
-            raise MockerError("a layer's root is no directory: this image is broken")
-        if stat.S_ISDIR(status.st_mode):
+        check(path != "/", "a layer's root is no directory: this image is broken")
+        if is_directory(path):
             shutil.rmtree(path)
-            self.forget(path)
-        else:
+            self.times = {other: stamp for other, stamp in self.times.items() if not f"{other}/".startswith(f"{path}/")}
+        elif os.path.lexists(path):
             os.unlink(path)
-        return is_whiteout(status)
-
-    def forget(self, path):
-        """A directory that is replaced takes along what was noted of it and of all below it."""
-        def gone(other):
-            return other == path or other.startswith(path + "/")
-
-        self.implied = {other for other in self.implied if not gone(other)}
-        self.borrowed = [(other, target) for other, target in self.borrowed if not gone(other)]
-        self.whiteouts = [other for other in self.whiteouts if not gone(other)]
-        self.directories = {other: member for other, member in self.directories.items() if not gone(other)}
 
     def whiteout(self, folder, name):
-        """`.wh.NAME` deletes NAME of the layers below, `.wh..wh..opq` hides all that they have here.
-
-        For overlayfs, the first is a character device 0/0, the second an xattr of the directory.
-        """
-        if name in ("", ".", ".."):
-            raise MockerError("a layer's whiteout names no file: this image is broken")
-        if name.startswith(".wh.") and name != ".wh..opq":
-            return  # aufs kept its books in early images
-        self.add_parents(folder)
-        path = os.path.join(folder, name)
+        """`.wh.NAME` deletes NAME of the layers below, `.wh..wh..opq` all that they have in this directory."""
+        check(name not in ("", ".", ".."), "a layer's whiteout names no file: this image is broken")
         if name == ".wh..opq":
-            make_opaque(folder)
-        elif is_directory(path):  # the layer's own: only what is below must go
-            make_opaque(path)
-        elif not os.path.lexists(path):
-            with on_plain_disk():
-                os.mknod(path, stat.S_IFCHR, 0)
-            self.whiteouts.append(path)
+            self.placed.add(folder)
+            self.hide(folder)
+        elif not name.startswith(".wh."):  # aufs kept its books in early images
+            self.hide(os.path.join(folder, name))
+
+    def hide(self, path):
+        """What the layers below have there goes, what this one has brought stays."""
+        if path not in self.placed and os.path.lexists(path):
+            self.enter(os.path.dirname(path))
+            self.remove(path)
+        elif is_directory(path):
+            for name in os.listdir(path):
+                self.hide(os.path.join(path, name))
 
 def is_directory(path):
     """Itself, not by a symlink."""
     return os.path.isdir(path) and not os.path.islink(path)
 
-def is_whiteout(status):
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
-
-def make_opaque(folder):
-    with on_plain_disk():
-        os.setxattr(folder, OPAQUE, b"y")
-
-@contextlib.contextmanager
-def on_plain_disk():
-    """An overlay keeps whiteouts for itself: inside docker, the store must lie elsewhere."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
-            raise
-        raise MockerError(f"{HOME} can't hold whiteouts ({error.strerror}), does it lie on an overlay, as in docker? "
-                          "Set MOCKER_HOME to a directory on a disk, a volume, or in /dev/shm") from None
-
 def set_metadata(path, member):
-    """Owner, mode, xattrs, times; in this order, since chown(2) clears setuid bits and capabilities."""
-    if not (0 <= member.uid < 2**32 - 1 and 0 <= member.gid < 2**32 - 1):  # -1 would mean: leave it
-        raise ValueError(f"owner {member.uid}:{member.gid}")
+    """Owner, mode, xattrs, times; in this order, since chown(2) clears setuid bits and capabilities. → time, in ns"""
+    for number in member.uid, member.gid:
+        check(0 <= number < 2**32 - 1, f"a layer has an owner {number}: broken")  # -1 would mean: leave it
     os.chown(path, member.uid, member.gid, follow_symlinks=False)
     if not member.issym():
         os.chmod(path, member.mode & 0o7777)
@@ -970,176 +780,89 @@ def set_metadata(path, member):
             with contextlib.suppress(OSError):  # as docker: a file system may lack them
                 raw = value.encode("utf-8", "surrogateescape")
                 os.setxattr(path, key[len("SCHILY.xattr.") :], raw, follow_symlinks=False)
-    if not member.isdir():
-        set_times(path, member)
+    stamp = int(min(max(member.mtime, 0), 2**33) * 1_000_000_000)
+    os.utime(path, ns=(stamp, stamp), follow_symlinks=False)
+    return stamp
 
-def set_times(path, member):
-    nanoseconds = int(min(max(member.mtime, 0), 2**33) * 1_000_000_000)
-    os.utime(path, ns=(nanoseconds, nanoseconds), follow_symlinks=False)
+def unpack_layer(file, directory, below):
+    """A tar onto the layers below, under an overlay: the kernel notes the difference in directory/upper.
 
-def copy_metadata(source, target):
-    import shutil
-
-    status = os.lstat(source)
-    os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
-    shutil.copystat(source, target, follow_symlinks=False)
-
-def look_below(layers, path):
-    """Where a path lies in the layers below, from the top down; None if nowhere. Follows no symlink."""
-    for layer in layers:
-        place = layer
-        for part in path.strip("/").split("/"):
-            opaque = OPAQUE in os.listxattr(place)
-            place = os.path.join(place, part)
-            if not os.path.lexists(place):
-                if opaque:
-                    return None
-                break
-            if not is_directory(place):
-                whole = place == layer + path.rstrip("/")
-                return place if whole and not is_whiteout(os.lstat(place)) else None
-        else:
-            return place
-    return None
-
-def settle_layer(directory, below, implied, borrowed, whiteouts):
-    """What the tar left to the layers below: the modes of parents, the targets of hard links."""
-    import shutil
-
-    root = os.path.realpath(directory)
-    for path in [*sorted(implied), *whiteouts, *(path for path, _ in borrowed)]:
-        # We are outside of the chroot here: no symlink of the layer may lead us on.
-        if os.path.realpath(root + os.path.dirname(path)) != os.path.normpath(root + os.path.dirname(path)):
-            raise MockerError(f"a layer puts '{path}' behind a symlink of its own: this image is broken")
-    for path in sorted(implied):
-        source = look_below(below, path)
-        if source and is_directory(source) and is_directory(directory + path):
-            copy_metadata(source, directory + path)
-    times = {folder: os.stat(folder) for folder in {os.path.dirname(directory + p) for p in [*whiteouts, *dict(borrowed)]}}
-    for path in whiteouts:
-        # One that hides nothing goes: in a directory of one layer alone, overlayfs would list it.
-        ancestors = [path[:match.start()] for match in re.finditer("/", path)]
-        opaque = any(OPAQUE in os.listxattr(directory + ancestor) for ancestor in ancestors)
-        if is_whiteout(os.lstat(directory + path)) and (opaque or look_below(below, path) is None):
-            os.unlink(directory + path)
-    for path, target in borrowed:
-        source = look_below(below, target)
-        if source is None or not stat.S_ISREG(os.lstat(source).st_mode):
-            raise MockerError(f"a layer has a hard link to '{target}', which is nowhere: this image is broken")
-        shutil.copyfile(source, directory + path, follow_symlinks=False)
-        copy_metadata(source, directory + path)
-    for folder, status in times.items():
-        os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-def unpack_layer(file, diff_id, directory):
-    """A blob's tar into a directory: confined, bounded, checked. → Unpacker"""
-    import shutil  # noqa: F401  before the chroot, where nothing can be imported
-    import tarfile  # noqa: F401
-    import zlib  # noqa: F401
-
-    unpacker = Unpacker(LayerStream(file, diff_id))
+    So a parent directory that the tar leaves out keeps its mode, a hard link finds its target, and what a
+    whiteout removes becomes what overlayfs knows as one. → the first ten names
+    """
+    unpacker = Unpacker()
+    tarfile.TarError.mro()  # imports it, before the chroot, where nothing can be imported
+    mount_overlay(below, directory)
     try:
-        with confined(directory):
-            unpacker.unpack()
+        with confined(f"{directory}/rootfs"):
+            unpacker.unpack(file)
+    finally:
+        unmount(f"{directory}/rootfs")
+    return unpacker.names
+
+@contextlib.contextmanager
+def damage_explained():
+    """Whatever a library makes of forged bytes is the layer's fault; but a full disk stays one."""
+    try:
+        yield
     except Exception as error:
-        # Whatever a library makes of forged bytes; but our own words, and a full disk, stay as they are.
         if isinstance(error, MockerError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise MockerError(f"a layer is damaged, or no tar ({str(error)[:100] or type(error).__name__}): pull again, "
-                          "or tell who made it") from None
-    return unpacker
+        reason = str(error)[:100] or type(error).__name__
+        raise MockerError(f"a layer is damaged, or no tar ({reason}): pull again, or tell who made it") from None
 
 # ── Pull ───────────────────────────────────────────────────────────────────────────────────────────
 
-class Progress:
-    """Bytes received of each layer, in memory that the workers share."""
+def be_worker(parent):
+    """A process that downloads and unpacks; it ends with its parent, has no last words, and mounts for itself alone."""
+    die_with(parent)
+    for stop in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(stop, signal.SIG_DFL)
+    unshare(CLONE_NEWNS, ["mount"])
+    mount("none", "/", "", MS_REC | MS_PRIVATE)
 
-    def __init__(self, layers):
-        import mmap
-
-        self.total, self.counts = sum(layer["size"] for layer in layers), mmap.mmap(-1, 8 * len(layers) + 8)
-
-    def set(self, number, count):
-        struct.pack_into("Q", self.counts, 8 * number, count)
-
-    def draw(self):
-        """[########                ] 12.3 of 153.9 MiB"""
-        if story.level >= PLAIN and os.isatty(2):
-            count = sum(count for (count,) in struct.iter_unpack("Q", self.counts[:]))
-            bar = "#" * min(30, 30 * count // max(self.total, 1))
-            os.write(2, f"\r[{bar:30}] {count / 2**20:.1f} of {self.total / 2**20:.1f} MiB ".encode())
-
-def in_workers(work, items, limit, meanwhile):
-    """work(*item) for each item, in processes, `limit` at a time. → the results, in the items' order"""
-    import pickle
-    import select
-
-    waiting, running, results = list(enumerate(items)), {}, {}
-    try:
-        for number in range(len(items)):
-            while number not in results:
-                while waiting and len(running) < limit:
-                    start_worker(work, *waiting.pop(0), running)
-                for pipe in select.select(list(running), [], [], 0.25)[0]:
-                    done, pid = running.pop(pipe)
-                    with open(pipe, "rb") as file:
-                        results[done] = file.read()
-                    os.waitpid(pid, 0)
-                meanwhile()
-            if not results[number]:
-                raise MockerError("a worker was killed, by lack of memory? Try again with fewer programs running")
-            result = pickle.loads(results.pop(number))
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-    finally:
-        for _, pid in running.values():
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-def start_worker(work, number, item, running):
-    """Fork one. Its result, or its exception, comes back through a pipe."""
-    import pickle
-
-    reader, writer = os.pipe()
-    parent, pid = os.getpid(), os.fork()
-    if pid:
-        os.close(writer)
-        running[reader] = number, pid
-        return
-    try:
-        die_with(parent)
-        for stop in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-            signal.signal(stop, signal.SIG_DFL)
-        story.lines = []  # several are at it: each tells its part in one piece
-        try:
-            result = work(*item)
-        except (MockerError, OSError) as error:
-            result = error
-        emit("".join(story.lines))
-        with open(writer, "wb") as file:
-            pickle.dump(result, file)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(0)
-
-def fetch_layer(registry, number, blob, diff_id, partial, progress):
-    """One layer, in a worker: its blob into the store, its files into partial/…/<number>."""
-    say(f"Fetching layer {blob['digest']}..")
-    if not os.path.exists(blob_path(blob["digest"])):
-        own = Registry(registry.reference, registry.authorization)  # a connection can't be shared
-        fetch_blob(own, blob, partial, lambda count: progress.set(number, count))
+def fetch_layer(reference, authorization, number, blob, diff_ids, partial):
+    """One layer, in a worker: its blob into the store, its files onto the layers below. → the first names"""
+    # Two layers may have the same blob: the second waits for the first.
+    with locked(os.path.join(partial, f"{blob['digest'][7:]}.lock")):
+        if not os.path.exists(blob_path(blob["digest"])):
+            registry = Registry(reference, authorization)  # a connection can't be shared
+            fetch_blob(registry, blob, partial, functools.partial(story.received.__setitem__, number))
+    *below, layer = map(layer_path, chain_ids(diff_ids))
     directory = os.path.join(partial, str(number))
-    os.mkdir(directory, 0o755)
-    with open(blob_path(blob["digest"]), "rb") as file:
-        unpacker = unpack_layer(file, diff_id, directory)
-    for name in unpacker.names:
-        say(f"- {name}")
-    say("...")
-    return directory, unpacker.implied, unpacker.borrowed, unpacker.whiteouts
+    with damage_explained():
+        with open(f"{directory}.tar", "wb") as file:
+            inflate(blob["digest"], diff_ids[-1], file)
+        while not all(map(os.path.isdir, below)):  # another worker is at it
+            time.sleep(0.005)
+        with TarFile(f"{directory}.tar") as tar:
+            names = unpack_layer(tar, directory, below[::-1])
+        os.unlink(f"{directory}.tar")
+    with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
+        os.rename(f"{directory}/upper", layer)
+    return names
 
-@step
+def draw_progress(layers):
+    """[########                ] 12.3 of 153.9 MiB"""
+    if story.level >= PLAIN and os.isatty(2):
+        count, total = sum(story.received), sum(layer["size"] for layer in layers)
+        bar = "#" * min(30, 30 * count // max(total, 1))
+        os.write(2, f"\r[{bar:30}] {count / 2**20:.1f} of {total / 2**20:.1f} MiB ".encode())
+
+@contextlib.contextmanager
+def workers(count):
+    """Processes, not threads: each has a root directory of its own. None outlives the pull, however that ends."""
+    pool = futures.ProcessPoolExecutor(count, multiprocessing.get_context("fork"), be_worker, [os.getpid()])
+    try:
+        yield pool
+    except futures.BrokenExecutor:
+        raise MockerError("a worker was killed, by lack of memory? Try again with fewer programs running") from None
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown()
+
+@step()
 def fetch_layers(registry, layers, diff_ids, partial):
     """Fetch the layers, and unpack each
 
@@ -1148,34 +871,36 @@ def fetch_layers(registry, layers, diff_ids, partial):
     chrooted into the directory that it fills; a layer that is there already is not fetched again.
     See the OCI image-spec, layer.md. Look: ls ~/mocker/layers
     """
-    for layer in layers:
-        if os.path.exists(blob_path(layer["digest"])) and os.path.getsize(blob_path(layer["digest"])) != layer["size"]:
-            raise MockerError(f"layer {layer['digest'][:19]}… has not the {layer['size']} bytes that its manifest says")
-    chain = chain_ids(diff_ids)
-    missing = [n for n in range(len(chain)) if not os.path.isdir(layer_path(chain[n]))
-               or not os.path.exists(blob_path(layers[n]["digest"]))]
-    progress = Progress(layers)
+    chain, missing = chain_ids(diff_ids), []
+    for n, layer in enumerate(layers):
+        fetched = os.path.exists(blob_path(layer["digest"]))
+        check(not fetched or os.path.getsize(blob_path(layer["digest"])) == layer["size"],
+              f"layer {layer['digest'][:19]}… has not the {layer['size']} bytes that its manifest says")
+        if not fetched or not os.path.isdir(layer_path(chain[n])):
+            missing.append(n)
+    if not missing:
+        return
+    story.received = memoryview(mmap.mmap(-1, 8 * len(layers))).cast("Q")  # bytes of each layer; the workers count
     os.makedirs(store("layers"), exist_ok=True)
-    jobs = [(registry, n, layers[n], diff_ids[n], partial, progress) for n in missing]
-    for n, (directory, *open_ends) in zip(missing, in_workers(fetch_layer, jobs, 3, progress.draw)):
-        settle_layer(directory, [layer_path(below) for below in reversed(chain[:n])], *open_ends)
-        with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
-            os.rename(directory, layer_path(chain[n]))
-    emit("")  # the progress bar goes
+    authorization = registry.session.headers.get("Authorization")
+    with workers(3) as pool:
+        jobs = {n: pool.submit(fetch_layer, registry.reference, authorization, n, layers[n], diff_ids[: n + 1], partial)
+                for n in missing}
+        for n, job in jobs.items():
+            say(f"Fetching layer {layers[n]['digest']}..")
+            while not futures.wait([job], 0.25).done:
+                draw_progress(layers)
+            for line in [f"- {name}" for name in job.result()] + ["..."]:
+                say(line)
 
 def pull_image(reference, platform=None):
     """From a name to a stored image: manifest, config, layers. → Image"""
     say(f"Fetching manifest for {str(reference).replace('library/', '', reference.host == DOCKER_HUB)}...")
     registry = Registry(reference)
     with partial_directory() as partial:
-        found = find_manifest(registry, platform or this_platform())
-        layers, blob = found["manifest"]["layers"], found["manifest"]["config"]
-        if blob["size"] > MANIFEST_LIMIT:
-            raise MockerError(f"the config of {reference} is larger than 4 MiB: no real one is")
-        drop_damaged(blob["digest"])
-        fetch_blob(registry, blob, partial)
-        config = check_config(read_blob(blob["digest"]), layers, str(reference))
-        fetch_layers(registry, layers, config["rootfs"]["diff_ids"], partial)
+        found = find_manifest(registry, platform or PLATFORMS.get(os.uname().machine, f"linux/{os.uname().machine}"))
+        config = fetch_config(registry, found["manifest"], partial)
+        fetch_layers(registry, found["manifest"]["layers"], config["rootfs"]["diff_ids"], partial)
     with locked(HOME), contextlib.ExitStack() as undo:
         if not os.path.exists(store(reference.file)):
             undo.callback(os.unlink, store(reference.file))  # half of an entry is none, should the disk be full
@@ -1197,16 +922,15 @@ def oci_manifest(image):
     """A descriptor of the image's manifest in OCI's own types, since some readers know no others."""
     if image.stored["mediaType"] == MANIFEST_TYPES[0]:
         return {key: image.stored[key] for key in ("mediaType", "digest", "size")}
-    manifest = {"schemaVersion": 2, "mediaType": MANIFEST_TYPES[0], "layers": [],
-                "config": {**image.manifest["config"], "mediaType": "application/vnd.oci.image.config.v1+json"}}
-    for layer in image.manifest["layers"]:
+    config, *layers = [dict(blob) for blob in image.blobs]
+    config["mediaType"] = "application/vnd.oci.image.config.v1+json"
+    for layer in layers:
         with open(blob_path(layer["digest"]), "rb") as file:
             magic = file.read(4)
         packed = "+gzip" if magic.startswith(GZIP) else "+zstd" if magic == ZSTD else ""
-        manifest["layers"].append({**layer, "mediaType": f"application/vnd.oci.image.layer.v1.tar{packed}"})
-    raw = json.dumps(manifest).encode()
-    save_blob(digest_of(raw), raw)
-    return {"mediaType": MANIFEST_TYPES[0], "digest": digest_of(raw), "size": len(raw)}
+        layer["mediaType"] = f"application/vnd.oci.image.layer.v1.tar{packed}"
+    raw = json.dumps({"schemaVersion": 2, "mediaType": MANIFEST_TYPES[0], "config": config, "layers": layers}).encode()
+    return {"mediaType": MANIFEST_TYPES[0], "digest": save_blob(raw, digest_of(raw)), "size": len(raw)}
 
 def pull(arguments):
     """Fetch an image from Docker Hub, or from the registry that its name begins with.
@@ -1224,9 +948,10 @@ def pull(arguments):
       127.0.0.1:5000/team/app:1.2   name@sha256:…
     """
     need_root("pull")
+    need_disk()
     platform = arguments["--platform"]
-    if platform and not re.fullmatch(r"\w+/\w+(/\w+)?", platform):
-        raise MockerError(f"invalid platform '{platform}': write os/architecture, as in linux/arm64 or linux/arm/v7")
+    check(not platform or re.fullmatch(r"\w+/\w+(/\w+)?", platform),
+          f"invalid platform '{platform}': write os/architecture, as in linux/arm64 or linux/arm/v7")
     pull_image(Reference(arguments["<name>"], arguments["<tag>"]), platform)
 
 def images(arguments):
@@ -1235,10 +960,8 @@ def images(arguments):
     Usage:
       mocker images
     """
-    from tabulate import tabulate
-
     rows = [(image.name, image.version, f"{image.size / 2**20:.1f}MiB", image.file) for image in all_images()]
-    print(tabulate(rows, headers=("name", "version", "size", "file"), tablefmt="pretty", stralign="left"))
+    print(tabulate.tabulate(rows, headers=("name", "version", "size", "file"), tablefmt="pretty", stralign="left"))
 
 def verify(arguments):
     """Check every image again: each blob against its digest, each layer against its diff_id.
@@ -1249,30 +972,23 @@ def verify(arguments):
     status = 0
     for image in all_images():
         try:
-            if read_blob(image.stored["digest"]) is None:
-                raise MockerError("its manifest is missing")
+            check(read_blob(image.stored["digest"]), "its manifest is missing")
             for blob, diff_id, layer in zip(image.manifest["layers"], image.config["rootfs"]["diff_ids"], image.layers):
-                verify_layer(blob["digest"], diff_id, layer)
+                verify_layer(blob["digest"], diff_id)
+                os.listdir(layer)
             print(f"ok       {image.name}:{image.version}")
         except (MockerError, FileNotFoundError) as error:
             print(f"DAMAGED  {image.name}:{image.version}: {error}: remove it, and mocker pull {image.name}")
             status = 1
     return status
 
-def verify_layer(digest, diff_id, layer):
-    with open(blob_path(digest), "rb") as file:
-        try:
-            check_digest(file, digest, f"blob {digest[:19]}…")
-        except MockerError:
+def verify_layer(digest, diff_id):
+    with damage_explained(), open(blob_path(digest), "rb") as file, open(os.devnull, "wb") as nowhere:
+        if digest_of(file, digest.partition(":")[0]) != digest:
             os.unlink(file.name)  # so that the next pull fetches it again
-            raise
-        file.seek(0)
-        LayerStream(file, diff_id).finish()
-    os.listdir(layer)
+        inflate(digest, diff_id, nowhere)
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  The kernel calls that Python does not wrap, and what containers share
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+# ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
 
 CLONE_NEWNS = 0x00020000  # mount namespace: a mount table of its own
 CLONE_NEWCGROUP = 0x02000000  # cgroup: its cgroup looks like the root of the tree
@@ -1301,25 +1017,19 @@ AT_EMPTY_PATH = 0x1000  # the descriptor itself is meant
 MOUNT_ATTR_RDONLY = 0x1  # mount_setattr(2)
 MOVE_MOUNT_F_EMPTY_PATH = 0x4  # move_mount(2): the descriptor itself is what moves
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, SECCOMP_MODE_FILTER = 1, 22, 24, 2
-
 # The C library wraps no pivot_root(2), and an older one not the other three. (name: x86_64, aarch64)
 SYSTEM_CALLS = {"pivot_root": (155, 41), "open_tree": (428, 428), "move_mount": (429, 429), "mount_setattr": (442, 442)}
 
 def call(name, *arguments, what=None):
     """A function of the C library, or a system call that it lacks. -1 becomes a MockerError with errno."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
     if name in SYSTEM_CALLS:
-        if os.uname().machine not in ("x86_64", "aarch64"):
-            raise MockerError(f"mocker run knows the system calls of x86_64 and aarch64, not of {os.uname().machine}")
         name, arguments = "syscall", (SYSTEM_CALLS[name][os.uname().machine != "x86_64"], *arguments)
     # Numbers as long: flags use all their 32 bits.
-    encoded = [os.fsencode(a) if isinstance(a, str) else ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-    result = getattr(libc, name)(*encoded)
+    numbered = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    encoded = [os.fsencode(value) if isinstance(value, str) else value for value in numbered]
+    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*encoded)
     if result == -1:
-        number = ctypes.get_errno()
-        raise MockerError(f"{what or name}: {os.strerror(number)}", number=number)
+        raise MockerError(f"{what or name}: {os.strerror(ctypes.get_errno())}", number=ctypes.get_errno())
     return result
 
 def mount(source, target, kind="", flags=0, data=""):
@@ -1359,12 +1069,11 @@ def seal_interpreter(argv):
     """
     if not os.statvfs("/proc/self/exe").f_flag & os.ST_RDONLY:
         with contextlib.suppress(MockerError):  # before Linux 5.12, or without the right: need_root will tell
-            program = os.path.realpath("/proc/self/exe")
-            handle = call("open_tree", AT_FDCWD, program, OPEN_TREE_CLONE | os.O_CLOEXEC)
+            handle = call("open_tree", AT_FDCWD, os.path.realpath("/proc/self/exe"), OPEN_TREE_CLONE | os.O_CLOEXEC)
             call("mount_setattr", handle, "", AT_EMPTY_PATH, struct.pack("4Q", MOUNT_ATTR_RDONLY, 0, 0, 0), 32)
-            code = (f"import sys; sys.path[0] = {os.path.dirname(os.path.realpath(__file__))!r}; import mocker; "
-                    "sys.exit(mocker.main(sys.argv[1:]))")
-            os.execv(f"/proc/self/fd/{handle}", [sys.executable, "-c", code, *argv])
+            with open(__file__) as file:
+                code = file.readline().split('"')[1]  # as the first line starts it
+            os.execv(f"/proc/self/fd/{handle}", [sys.executable, "-c", code, __file__, *argv])
 
 def die_with(parent):
     """Be killed when our parent dies, however it dies (man 2 PR_SET_PDEATHSIG); at once if it has."""
@@ -1375,11 +1084,8 @@ def die_with(parent):
 def write_kernel_file(path, value):
     """/proc, /sys and cgroups are told what to do by writing to their files."""
     tell(f"echo {value} > {path}")
-    try:
-        with open(path, "w") as file:
-            file.write(str(value))
-    except OSError as error:
-        raise MockerError(f"echo {value} > {path}: {error.strerror}", number=error.errno) from None
+    with explained(OSError, f"echo {value} > {path}: {{}}"), open(path, "w") as file:
+        file.write(str(value))
 
 def read_kernel_file(path):
     """What it says now; nothing if it is not there."""
@@ -1391,106 +1097,106 @@ def read_kernel_file(path):
 
 def need_root(command):
     """Before anything is done, not half-way through."""
-    if sys.platform != "linux":
-        raise MockerError("containers are made of Linux: on a Mac or Windows, docker run --privileged -it python:3")
-    if os.geteuid() != 0:
-        raise MockerError(f"{command} needs root, for owners, mounts and namespaces: sudo {sys.executable} {__file__} …")
-    effective = int(re.search(r"CapEff:\s*(\w+)", read_kernel_file("/proc/self/status"))[1], 16)
-    if command == "run" and not effective & 1 << CAPABILITIES.index("SYS_ADMIN"):
-        raise MockerError("this root lacks CAP_SYS_ADMIN, as in a plain container: docker run --privileged, or a real machine")
+    check(sys.platform == "linux", "containers are made of Linux: on a Mac or Windows, "
+          "docker run --privileged -v mocker:/root/mocker -it python:3")
+    check(os.geteuid() == 0, f"{command} needs root, for mounts and namespaces: sudo {sys.executable} {__file__} …")
+    machine = os.uname().machine
+    check(machine in ("x86_64", "aarch64"), f"mocker knows the system calls of x86_64 and aarch64, not of {machine}")
+    check("SYS_ADMIN" in capabilities_of("CapEff") or command == "clean",
+          "this root lacks CAP_SYS_ADMIN, as in a plain container: docker run --privileged, or a real machine")
 
-# /run/mocker/<id>.json is a container that runs, locked by its mocker: if that dies, the lock goes.
-# /run/mocker/before is what the last one puts back: {"files": {"/proc/sys/…": "0"}, "directories": […]}
-SHARED = "/run/mocker"
+# ── The journal ────────────────────────────────────────────────────────────────────────────────────
 
-def shared_state(**changes):
-    """Read `before`, and note what is about to be changed, with what it was. The caller holds the lock."""
-    state = {"files": {}, "directories": [], "subnet": None, "iptables": False}
-    with contextlib.suppress(FileNotFoundError), open(f"{SHARED}/before") as file:
-        state = json.load(file)
-    if changes:
-        state["files"] = {**changes.get("files", {}), **state["files"]}
-        state["directories"] += changes.get("directories", [])
-        state.update({key: value for key, value in changes.items() if key in ("subnet", "iptables")})
-        write_file(f"{SHARED}/before", state)
-    return state
+JOURNALS = "/run/mocker"
 
-def running_containers():
-    """id → what its file says, of those that run and of those whose mocker was killed."""
-    found = {}
-    for name in os.listdir(SHARED) if os.path.isdir(SHARED) else ():
-        if name.endswith(".json"):
-            with contextlib.suppress(FileNotFoundError), open(f"{SHARED}/{name}") as file:
-                text = file.read()
-                found[name[: -len(".json")]] = json.loads(text) if text.strip().endswith("}") else {}
-    return found
+class Journal:
+    """What is to be undone, noted before it is done: a list that outlives a kill -9.
 
-def note_container(container):
-    """What the others want to know of it, and what is to be cleared away should we be killed."""
-    state = {"directory": container.directory, "remove": container.remove, "address": container.address,
-             "host_mounts": "mount" not in container.parts}
-    os.pwrite(container.lock, json.dumps(state).ljust(1000).encode(), 0)
+    /run/mocker/<id> is a container's, locked by its mocker: when that dies the kernel drops the lock,
+    and the next mocker undoes what it says. /run/mocker/host is of what all containers share, for
+    the last one to undo. Each line is a function and its arguments: ["delete_cgroup", "1a2b3c4d"]
+    """
+
+    def __init__(self, name):
+        self.path = f"{JOURNALS}/{name}"
+
+    def note(self, function, *arguments):
+        with open(self.path, "a") as file:
+            file.write(json.dumps([function.__name__, *arguments]) + "\n")
+
+    def undo(self):
+        """In reverse. If one fails the others are done all the same, and the journal stays."""
+        with contextlib.ExitStack() as undo:
+            for line in read_kernel_file(self.path).splitlines():
+                with contextlib.suppress(ValueError):  # a line that was being written when we were killed
+                    name, *arguments = json.loads(line)
+                    undo.callback(globals()[name], *arguments)
+        os.unlink(self.path)
+
+HOST = Journal("host")
+
+def journals():
+    """The ids of the containers that run, and of those whose mocker was killed."""
+    return [name for name in os.listdir(JOURNALS) if name != "host"] if os.path.isdir(JOURNALS) else []
+
+@contextlib.contextmanager
+def journal(id):
+    """A container's, held while it runs. Its end is undisturbed, whatever signal comes."""
+    with locked(JOURNALS):  # nobody sweeps between our making it and our locking it
+        holder = os.open(f"{JOURNALS}/{id}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(holder, fcntl.LOCK_EX)
+    try:
+        yield Journal(id)
+    finally:
+        for number in FORWARDED:
+            signal.signal(number, signal.SIG_IGN)
+        Journal(id).undo()
+        with locked(JOURNALS):
+            leave_host()
+
+def leave_host():
+    """The last container to go puts the host back as it was. The caller holds the lock."""
+    if not journals() and os.path.exists(HOST.path):
+        HOST.undo()
 
 def sweep():
     """What a killed mocker left is cleared away by the next command."""
-    if os.geteuid() == 0 and os.path.isdir(SHARED) and os.listdir(SHARED):
-        with locked(SHARED):
-            for id, state in running_containers().items():
-                with open(f"{SHARED}/{id}.json") as file, contextlib.suppress(BlockingIOError):
+    if os.geteuid() == 0 and os.path.isdir(JOURNALS) and os.listdir(JOURNALS):
+        with locked(JOURNALS):
+            for id in journals():
+                with contextlib.suppress(BlockingIOError, FileNotFoundError), open(f"{JOURNALS}/{id}") as file:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     say(f"clearing away container {id}, whose mocker was killed")
-                    delete_cgroup(id)
-                    delete_network(id)
-                    delete_rules(f"mocker_{id}")
-                    if state:
-                        delete_directory(**state)
-                    forget(id)
+                    Journal(id).undo()
+            leave_host()
 
-def forget(id):
-    """The last container to go puts the host back as it was. The caller holds the lock."""
-    os.unlink(f"{SHARED}/{id}.json")
-    if not running_containers():
-        restore_host()
+def restore_file(path, value):
+    with contextlib.suppress(MockerError):  # it may be gone
+        write_kernel_file(path, value)
 
-def restore_host():
-    """Undo what containers share: the bridge and its NAT, settings, empty cgroups."""
-    state = shared_state()
-    if os.path.isdir(f"/sys/class/net/{BRIDGE}"):
-        # Each of the two has the kernel wait for those who may be reading: let them wait together.
-        import threading
+def detach(path):
+    with contextlib.suppress(MockerError):  # it may not be mounted (any more)
+        unmount(path)
 
-        deletion = threading.Thread(target=Netlink().delete_link, args=[BRIDGE])
-        deletion.start()
-        delete_rules("mocker")
-        deletion.join()
-    for path, value in state["files"].items():
-        with contextlib.suppress(MockerError):
-            write_kernel_file(path, value)
-    for directory in reversed(state["directories"]):
-        with contextlib.suppress(OSError):
-            os.rmdir(directory)
-    for name in os.listdir(SHARED):  # `before`, and what a killed mocker did not get to rename to it
-        os.unlink(f"{SHARED}/{name}")
+def remove_empty(directory):
+    with contextlib.suppress(OSError):  # somebody else may use it now
+        os.rmdir(directory)
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  Its root: overlay, /proc, /sys, /dev, pivot_root
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+# ═══ Its root: overlay, /proc, /sys, /dev, pivot_root ════════════════════════════════════════════
 #
-#  containers/<id>/lower/0, 1, …   links to the image's layers, from the top down; short names,
-#                                  since overlayfs' options must fit in one page
+#  containers/<id>/lower/0, 1, …   links to the image's layers, from the top down
 #  containers/<id>/upper           what the container writes; work is overlayfs' own
 #  containers/<id>/rootfs          where they are seen as one tree
 
-DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
-         "ptmx": "pts/ptmx"}
+DEVICES = ["null", "zero", "full", "random", "urandom", "tty"]
+LINKS = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}  # to /proc/self/fd
 ETC_FILES = ("hosts", "hostname", "resolv.conf")
 # What /proc and /sys tell or do about the whole machine (as runc has it)
-MASKED = ("/proc/asound /proc/acpi /proc/kcore /proc/keys /proc/latency_stats /proc/timer_list /proc/timer_stats "
-          "/proc/sched_debug /proc/scsi /sys/firmware /sys/devices/virtual/powercap").split()
-READ_ONLY = "/proc/bus /proc/fs /proc/irq /proc/sys /proc/sysrq-trigger".split()
+MASKED = ("/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+          "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap")
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
-@step
+@step()
 def leave_namespaces(container):
     """Namespaces: see other things under the same names
 
@@ -1508,10 +1214,10 @@ def leave_namespaces(container):
     if "uts" in kinds:
         tell(f"hostname {container.hostname}")
         call("sethostname", container.hostname, len(os.fsencode(container.hostname)))
-    prove("ls -l /proc/self/ns", "\n".join(f"{os.readlink(f'/proc/self/ns/{kind}'):20} the host's: {host}"
-                                           for kind, host in container.host_namespaces.items()))
+    for kind, host in container.host_namespaces.items():
+        prove(f"readlink /proc/self/ns/{kind}", f"{os.readlink(f'/proc/self/ns/{kind}'):20} the host's: {host}")
 
-@step
+@step()
 def mount_root(container):
     """Root: an overlay of the image's layers
 
@@ -1520,47 +1226,42 @@ def mount_root(container):
     device node in there can be opened, wherever it came from.
     See the kernel's filesystems/overlayfs.rst. Look: ls ~/mocker/containers/ID/upper
     """
-    directory, layers = container.directory, container.image.layers
-    os.mkdir(f"{directory}/lower")
-    for number, layer in enumerate(reversed(layers)):
-        os.symlink(layer, f"{directory}/lower/{number}")
-    os.chdir(f"{directory}/lower")
-    try:
-        mount_overlay(len(layers), directory, f"{directory}/rootfs")
-    except MockerError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-        # An overlay can't hold another one's upper layer, and is what / is inside docker.
-        say(f"{HOME} can't hold an upper layer: it goes to a tmpfs, and is lost at the end")
-        os.mkdir(f"{directory}/scratch")
-        mount("tmpfs", f"{directory}/scratch", "tmpfs", MS_NODEV)
-        mount_overlay(len(layers), f"{directory}/scratch", f"{directory}/rootfs")
-    os.chdir(f"{directory}/rootfs")
+    mount_overlay(container.image.layers[::-1], container.directory)
+    if "overlay" not in container.parts:
+        say("without overlay, all of the image is copied first")
+        run_tool(["cp", "-a", "../rootfs", "../copy"])
+        unmount("../rootfs")
+        mount("../copy", "../rootfs", "", MS_BIND)
+        mount("none", "../rootfs", "", MS_REMOUNT | MS_BIND | MS_NODEV)
+    os.chdir("../rootfs")
     prove("tail -1 /proc/self/mounts", read_kernel_file("/proc/self/mounts").splitlines()[-1])
 
-def mount_overlay(count, directory, target):
-    for part in "upper", "work":
+def mount_overlay(layers, directory):
+    """directory/rootfs: the layers, the topmost first, and over them directory/upper, which takes what is written."""
+    for part in "lower", "upper", "work", "rootfs":
         os.makedirs(f"{directory}/{part}", exist_ok=True)
-    copy_metadata("0", f"{directory}/upper")  # the root directory itself is seen as the upper's
-    lower = ":".join(map(str, range(count)))
-    mount("overlay", target, "overlay", MS_NODEV, f"lowerdir={lower},upperdir={directory}/upper,workdir={directory}/work")
+    tell(f"cd {directory}/lower")
+    os.chdir(f"{directory}/lower")
+    for number, layer in enumerate(layers or [f"{directory}/rootfs"]):
+        os.symlink(layer, str(number))  # short names: overlayfs' options must fit in one page
+    copy_metadata("0", "../upper")  # the root directory itself is seen as the upper's
+    lower = ":".join(map(str, range(len(layers) or 1)))
+    mount("overlay", "../rootfs", "overlay", MS_NODEV, f"lowerdir={lower},upperdir=../upper,workdir=../work")
 
-@step
+@step()
 def take_along(container):
     """Pick up what will be needed from the host
 
-    In the container nothing of the host can be named any more; that is the point. So its devices,
-    its volumes and its three files of /etc are picked up now, as copies of their mounts.
+    In the container nothing of the host can be named any more; that is the point. So its volumes and
+    its three files of /etc are picked up now, as copies of their mounts.
     See man 2 open_tree.
     """
-    devices = os.listdir("/dev") if container.privileged else DEVICES
-    parcels = [(f"/dev/{name}", f"/dev/{name}", False) for name in devices
-               if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")]
-    parcels += [(f"{container.directory}/{name}", f"/etc/{name}", container.read_only) for name in ETC_FILES]
-    return [(call("open_tree", AT_FDCWD, source, OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC, what=source), source, *rest)
+    parcels = [(f"{container.directory}/{name}", f"/etc/{name}", container.read_only) for name in ETC_FILES]
+    copy = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
+    return [(call("open_tree", AT_FDCWD, source, copy, what=source), source, *rest)
             for source, *rest in parcels + container.volumes]
 
-@step
+@step()
 def enter_root(container):
     """pivot_root: make it the root, and let go of the host's
 
@@ -1580,45 +1281,43 @@ def enter_root(container):
     os.chdir("/")
     sys.meta_path = []  # an import would now run the image's own /usr/lib/python3
 
-@step
+@step()
 def mount_kernel_filesystems(container):
     """/proc, /sys and /dev, as programs expect them
 
     A new procfs shows the processes of this pid namespace, a new sysfs the interfaces of this
-    network namespace. /dev is a small tmpfs; all mounts are nodev, but for six devices one by one.
+    network namespace. /dev is a small tmpfs, with nodes of its own. All mounts are nodev, but for
+    these nodes: each is bound onto itself before /dev becomes nodev, so no other can be opened.
     See man 5 proc, man 5 sysfs, OCI runtime-spec config-linux.md. Look: mount, in the container
     """
     plain, writable = MS_NOSUID | MS_NODEV | MS_NOEXEC, 0 if container.privileged else MS_RDONLY
-    for target, kind, flags, options in (
-        ("/dev", "tmpfs", MS_NOSUID | MS_NODEV | MS_STRICTATIME, "mode=755,size=65536k"),
-        ("/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
-        ("/dev/shm", "tmpfs", plain, "mode=1777,size=65536k"),
-        ("/dev/mqueue", "mqueue", plain, ""),
-        ("/sys", "sysfs", plain | writable, ""),
-    ):
-        mount_at("shm" if target == "/dev/shm" else kind, target, kind, flags, options)
-    for name, target in LINKS.items():
-        os.symlink(target, f"/dev/{name}")
+    mount_at("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k")
+    for name, like in container.devices.items():
+        tell(f"mknod /dev/{name} …")
+        os.mknod(f"/dev/{name}", like.st_mode, like.st_rdev)
+        os.chmod(f"/dev/{name}", stat.S_IMODE(like.st_mode))
+        mount(f"/dev/{name}", f"/dev/{name}", "", MS_BIND)
+    mount("none", "/dev", "", MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | MS_STRICTATIME)
+    mount_at("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
+    mount_at("shm", "/dev/shm", "tmpfs", plain, "mode=1777,size=65536k")
+    mount_at("mqueue", "/dev/mqueue", "mqueue", plain)
+    mount_at("sysfs", "/sys", "sysfs", plain | writable)
+    os.symlink("pts/ptmx", "/dev/ptmx")
+    for name, number in LINKS.items():
+        os.symlink(f"/proc/self/fd{number}", f"/dev/{name}")
     mount_cgroups(container, plain, writable)
 
 def mount_at(source, target, kind, flags, options=""):
     """At a directory that is made if it is missing; a symlink is refused, as by runc."""
-    if os.path.islink(target):
-        raise MockerError(f"the image's {target} is a symlink: nothing can be mounted there")
+    check(not os.path.islink(target), f"the image's {target} is a symlink: nothing can be mounted there")
     os.makedirs(target, exist_ok=True)
     mount(source, target, kind, flags, options)
 
-def mount_proc(container):
-    """Last: while parcels are open, /proc/self/fd would lead a symlink of the image to them."""
-    mount_at("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    if container.terminal:
-        container.streams.open_terminal()
-
-@step
+@step()
 def unpack_parcels(container, parcels):
     """Put what was picked up where it belongs
 
-    Devices into /dev, volumes where -v says, and hosts, hostname and resolv.conf over the image's.
+    Volumes where -v says, and hosts, hostname and resolv.conf over the image's.
     The places are looked up in the new root, so that no symlink of the image can lead out of it.
     See man 2 move_mount.
     """
@@ -1632,10 +1331,11 @@ def unpack_parcels(container, parcels):
         tell(f"mount --bind {shlex.quote(source)} {shlex.quote(target)}")
         call("move_mount", handle, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH, what=target)
         os.close(handle)
-        if not target.startswith("/dev/"):
-            mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY * read_only)
+        mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY * read_only)
+    # Last: while parcels are open, /proc/self/fd would lead a symlink of the image to them.
+    mount_at("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
-@step(part="mask")
+@step("mask")
 def mask_paths(container):
     """Masks: hide what /proc and /sys tell about the machine
 
@@ -1647,32 +1347,31 @@ def mask_paths(container):
         mount(path, path, "", MS_BIND | MS_REC)
         mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
     for path in () if container.privileged else filter(os.path.exists, MASKED):
-        if os.path.isdir(path):
-            mount("tmpfs", path, "tmpfs", MS_RDONLY)
-        else:
-            mount("/dev/null", path, "", MS_BIND)
+        mount(*("tmpfs", path, "tmpfs", MS_RDONLY) if os.path.isdir(path) else ("/dev/null", path, "", MS_BIND))
+
+def copy_metadata(source, target):
+    """Owner, mode, times and xattrs."""
+    shutil.chown(target, os.stat(source).st_uid, os.stat(source).st_gid)
+    shutil.copystat(source, target)
 
 def write_etc(container):
     """hosts, hostname and resolv.conf, as docker writes them, to be mounted over the image's."""
     hosts = ("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n"
              "ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
+    hosts += f"{container.address}\t{container.hostname}\n" if container.address else ""
     resolver = read_kernel_file("/etc/resolv.conf")
+    loopback = r"^\s*nameserver\s+(127\.|::1).*\n?"  # the host's own, as systemd-resolved: not to be reached
     if container.network == "host":
         hosts = read_kernel_file("/etc/hosts") + "\n"
-    else:
-        hosts += f"{container.address}\t{container.hostname}\n" if container.address else ""
-        loopback = r"^\s*nameserver\s+(127\.|::1).*\n?"  # the host's own, as systemd-resolved: not to be reached
-        if re.search(loopback, resolver, re.M):
-            resolver = read_kernel_file("/run/systemd/resolve/resolv.conf") or re.sub(loopback, "", resolver, flags=re.M)
-        if "nameserver" not in resolver:
-            resolver += "\nnameserver 8.8.8.8\nnameserver 8.8.4.4"
+    elif re.search(loopback, resolver, re.M):
+        resolver = read_kernel_file("/run/systemd/resolve/resolv.conf") or re.sub(loopback, "", resolver, flags=re.M)
+    if "nameserver" not in resolver:
+        resolver += "\nnameserver 8.8.8.8\nnameserver 8.8.4.4"
     for name, text in zip(ETC_FILES, (hosts, container.hostname + "\n", resolver.strip() + "\n")):
         with open(f"{container.directory}/{name}", "w") as file:
             file.write(text)
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  Its network: bridge, veth pair, address, route, NAT
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+# ═══ Its network: bridge, veth pair, address, route, NAT ═════════════════════════════════════════
 #
 #   the host                                         the container
 #   eth0 ── NAT ── mocker0 10.0.0.1 ── veth0_1a2b3c4d ═══ veth1 10.0.0.3, default via 10.0.0.1
@@ -1684,78 +1383,49 @@ NETNS = "/run/netns"  # where ip-netns(8) finds namespaces by name
 NET_SYSCTLS = {"ipv4/ping_group_range": "0 2147483647", "ipv4/ip_unprivileged_port_start": "0",
                "ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1"}
 
-class Netlink:
-    """A conversation with the kernel about links, addresses and routes: man 7 rtnetlink."""
+NEW_LINK, DELETE_LINK, NEW_ADDRESS, NEW_ROUTE = 16, 17, 20, 24  # man 7 rtnetlink
+MESSAGES = {NEW_LINK: "ifinfmsg", DELETE_LINK: "ifinfmsg", NEW_ADDRESS: "ifaddrmsg", NEW_ROUTE: "rtmsg"}
+REQUEST, ACKNOWLEDGE, CREATE = 0x1, 0x4, 0x600  # CREATE: and it must not be there yet
 
-    NEW_LINK, DELETE_LINK, NEW_ADDRESS, NEW_ROUTE = 16, 17, 20, 24
-    REQUEST, ACKNOWLEDGE, CREATE, EXCLUSIVE = 0x1, 0x4, 0x400, 0x200
+def ask_kernel(command, kind, mode, attributes, **fields):
+    """One request about links, addresses or routes of the network namespace that we are in, and its answer."""
+    tell(command)
+    if "pyroute2" not in sys.modules:
+        # pyroute2 imports all that it has, which takes longer than a container to start; we need
+        # its messages alone, and give them an empty package to live in.
+        spec = importlib.util.find_spec("pyroute2")
+        check(spec, "the Python package 'pyroute2' is missing: pip install -r requirements.txt, or --network=none")
+        sys.modules["pyroute2"] = type(sys)("pyroute2")
+        sys.modules["pyroute2"].__path__ = spec.submodule_search_locations
+    message = getattr(importlib.import_module(f"pyroute2.netlink.rtnl.{MESSAGES[kind]}"), MESSAGES[kind])()
+    message["header"] = {"type": kind, "flags": REQUEST | ACKNOWLEDGE | mode, "sequence_number": 1, "pid": 0}
+    for name, value in {**fields, "attrs": attributes}.items():
+        message[name] = value
+    message.encode()
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
+        kernel.bind((0, 0))
+        kernel.send(message.data)
+        number = -struct.unpack_from("i", kernel.recv(65536), 16)[0]
+    if number:
+        raise MockerError(f"{command}: {os.strerror(number)}", number=number)
 
-    def __init__(self):
-        """The socket belongs to the network namespace in which it is made, and stays there."""
-        import importlib.util
-        import socket
-        import types
+def set_up(name):
+    ask_kernel(f"ip link set {name} up", NEW_LINK, 0, [("IFLA_IFNAME", name)], flags=1, change=1)
 
-        if "pyroute2" not in sys.modules:
-            # pyroute2 imports all that it has, which takes longer than a container to start; we
-            # need its messages alone, and give them an empty package to live in.
-            spec = importlib.util.find_spec("pyroute2")
-            if spec is None:
-                raise ModuleNotFoundError("pyroute2", name="pyroute2")
-            package = sys.modules["pyroute2"] = types.ModuleType("pyroute2")
-            package.__path__ = spec.submodule_search_locations
-        from pyroute2.netlink.rtnl import ifaddrmsg, ifinfmsg, rtmsg
+def add_address(name, address):
+    attributes = [("IFA_LOCAL", address), ("IFA_ADDRESS", address)]
+    ask_kernel(f"ip address add {address}/24 dev {name}", NEW_ADDRESS, CREATE, attributes,
+               family=2, prefixlen=24, index=socket.if_nametoindex(name))
 
-        self.link, self.address, self.route = ifinfmsg.ifinfmsg, ifaddrmsg.ifaddrmsg, rtmsg.rtmsg
-        self.index_of = socket.if_nametoindex
-        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self.socket.bind((0, 0))
+def delete_link(name):
+    """What is gone already is no error."""
+    try:
+        ask_kernel(f"ip link delete {name}", DELETE_LINK, 0, [("IFLA_IFNAME", name)])
+    except MockerError as error:
+        if error.errno != errno.ENODEV:
+            raise
 
-    def ask(self, command, message, kind, mode, attributes, **fields):
-        """One request, and the kernel's answer to it: done, or a MockerError."""
-        tell(command)
-        request = message()
-        request["header"] = {"type": kind, "flags": self.REQUEST | self.ACKNOWLEDGE | mode, "sequence_number": 1, "pid": 0}
-        for name, value in {**fields, "attrs": attributes}.items():
-            request[name] = value
-        request.encode()
-        self.socket.send(request.data)
-        (number,) = struct.unpack_from("i", self.socket.recv(65536), 16)
-        if number:
-            raise MockerError(f"{command}: {os.strerror(-number)}", number=-number)
-
-    def create_link(self, command, name, *attributes):
-        self.ask(command, self.link, self.NEW_LINK, self.CREATE | self.EXCLUSIVE, [("IFLA_IFNAME", name), *attributes])
-
-    def add_bridge(self, name, mac):
-        """A switch in software. Without a MAC of its own it would take one of its ports', and change it
-        when that port goes, under the eyes of those who know it."""
-        self.create_link(f"ip link add {name} address {mac} type bridge", name, ("IFLA_ADDRESS", mac),
-                         ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "bridge")]}))
-
-    def add_veth(self, name, peer, netns, handle):
-        """Two interfaces with a wire between them: what goes in here comes out there (man 4 veth)."""
-        there = {"attrs": [("IFLA_IFNAME", peer), ("IFLA_NET_NS_FD", handle)]}
-        pair = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", there)]})]}
-        self.create_link(f"ip link add {name} type veth peer name {peer} netns {netns}", name, ("IFLA_LINKINFO", pair))
-
-    def set_up(self, name, master=None):
-        attributes = [("IFLA_IFNAME", name)] + ([("IFLA_MASTER", self.index_of(master))] if master else [])
-        self.ask(f"ip link set {name} {f'master {master} ' if master else ''}up", self.link, self.NEW_LINK, 0, attributes,
-                 flags=1, change=1)
-
-    def add_address(self, name, address):
-        self.ask(f"ip address add {address}/24 dev {name}", self.address, self.NEW_ADDRESS, self.CREATE | self.EXCLUSIVE,
-                 [("IFA_LOCAL", address), ("IFA_ADDRESS", address)], family=2, prefixlen=24, index=self.index_of(name))
-
-    def add_default_route(self, gateway):
-        self.ask(f"ip route add default via {gateway}", self.route, self.NEW_ROUTE, self.CREATE | self.EXCLUSIVE,
-                 [("RTA_GATEWAY", gateway)], family=2, table=254, proto=3, type=1)
-
-    def delete_link(self, name):
-        self.ask(f"ip link delete {name}", self.link, self.DELETE_LINK, 0, [("IFLA_IFNAME", name)])
-
-@step(part="net")
+@step("net")
 def create_network(container, undo):
     """Network: a namespace, and a wire into it
 
@@ -1767,45 +1437,46 @@ def create_network(container, undo):
     """
     if container.network != "bridge":
         return
-    id, host = container.id, Netlink()
-    undo.callback(delete_network, id)
-    with coming_back("net", CLONE_NEWNET):
-        create_netns(id)
-        inside = Netlink()
-        container.netns = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    with locked(SHARED):
-        subnet = create_bridge(host)
-        taken = {state.get("address") for state in running_containers().values()}
-        free = [f"{subnet}.{n}" for n in range(3, 255) if f"{subnet}.{n}" not in taken]
-        if not free:
-            raise MockerError(f"all addresses of {subnet}.0/24 are in use: stop a container, or run with --network=none")
+    id = container.id
+    with locked(JOURNALS):
+        subnet = create_bridge()
+        taken = " ".join(read_kernel_file(f"{JOURNALS}/{other}") for other in journals())
+        free = [f"{subnet}.{n}" for n in range(3, 255) if f'"{subnet}.{n}"' not in taken]
+        check(free, f"all addresses of {subnet}.0/24 are in use: stop a container, or run with --network=none")
         container.address, container.gateway = free[0], f"{subnet}.1"
-        note_container(container)
-    host.add_veth(f"veth0_{id}", "veth1", f"mocker_{id}", container.netns)
-    host.set_up(f"veth0_{id}", master=BRIDGE)
+        undo.note(delete_network, id, container.address)
+    with coming_back("net", CLONE_NEWNET):
+        container.netns = create_netns(id)
+    # Two interfaces with a wire between them: what goes in here comes out there (man 4 veth).
+    peer = {"attrs": [("IFLA_IFNAME", "veth1"), ("IFLA_NET_NS_FD", container.netns)]}
+    kind = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]})]}
+    bridge = socket.if_nametoindex(BRIDGE)
+    ask_kernel(f"ip link add veth0_{id} master {BRIDGE} type veth peer name veth1 netns mocker_{id}", NEW_LINK, CREATE,
+               [("IFLA_IFNAME", f"veth0_{id}"), ("IFLA_MASTER", bridge), ("IFLA_LINKINFO", kind)])
+    set_up(f"veth0_{id}")
     with coming_back("net", CLONE_NEWNET):
         call("setns", container.netns, CLONE_NEWNET)
-        inside.add_address("veth1", container.address)
-        inside.set_up("veth1")
-        inside.add_default_route(container.gateway)
+        add_address("veth1", container.address)
+        set_up("veth1")
+        ask_kernel(f"ip route add default via {container.gateway}", NEW_ROUTE, CREATE,
+                   [("RTA_GATEWAY", container.gateway)], family=2, table=254, proto=3, type=1)
         prove(f"ip netns exec mocker_{id} cat /proc/net/route", read_kernel_file("/proc/thread-self/net/route"))
     publish_ports(container, undo)
 
 def create_netns(id):
-    """Move into a new one, and give it a name by mounting it on a file: else it would go with us."""
-    before = os.readlink("/proc/thread-self/ns/net")
+    """Move into a new one, and give it a name by mounting it on a file: else it would go with us. → a handle"""
+    before, place = os.readlink("/proc/thread-self/ns/net"), f"{NETNS}/mocker_{id}"
     os.makedirs(NETNS, exist_ok=True)
-    os.close(os.open(f"{NETNS}/mocker_{id}", os.O_CREAT | os.O_EXCL, 0o444))
+    os.close(os.open(place, os.O_CREAT | os.O_EXCL, 0o444))
     tell(f"ip netns add mocker_{id}")
     call("unshare", CLONE_NEWNET, what="unshare net")
-    call("mount", "/proc/thread-self/ns/net", f"{NETNS}/mocker_{id}", "", MS_BIND, "", what=f"mount {NETNS}/mocker_{id}")
+    call("mount", "/proc/thread-self/ns/net", place, "", MS_BIND, "", what=f"mount {place}")
     prove("readlink /proc/self/ns/net, before and after", f"{before}\n{os.readlink('/proc/thread-self/ns/net')}")
     set_up_loopback()
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 def set_up_loopback():
     """By an old ioctl(2), which takes no library (man 7 netdevice); and docker's settings."""
-    import socket
-
     SIOCSIFFLAGS, IFF_UP = 0x8914, 1
     tell("ip link set lo up")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
@@ -1814,7 +1485,7 @@ def set_up_loopback():
         if os.path.exists(f"/proc/sys/net/{name}"):
             write_kernel_file(f"/proc/sys/net/{name}", value)
 
-@step(part="net")
+@step("net")
 def join_network(container):
     """Join the network namespace
 
@@ -1831,98 +1502,99 @@ def join_network(container):
     interfaces = read_kernel_file("/proc/thread-self/net/dev").splitlines()[2:]
     prove("cut -d: -f1 /proc/net/dev", " ".join(line.split(":")[0].strip() for line in interfaces))
 
-def choose_subnet():
-    """10.0.0, or the next that no route of this machine overlaps but the default one."""
-    taken = []
-    for line in read_kernel_file("/proc/net/route").splitlines()[1:]:
-        # Addresses as the kernel keeps them: 10.0.1.0 is 0001000A on a little-endian machine.
-        _, network, _, _, _, _, _, mask, *_ = line.split()
-        taken.append([struct.unpack("!I", struct.pack("=I", int(text, 16)))[0] for text in (network, mask)])
-    for subnet in SUBNETS:
-        (first,) = struct.unpack("!I", bytes(map(int, f"{subnet}.0".split("."))))
-        if not any(mask and (first & mask == network or network & 0xFFFFFF00 == first) for network, mask in taken):
-            return subnet
-    raise MockerError(f"no free subnet: {', '.join(SUBNETS)} are all in use here: run with --network=none")
+def read_routes():
+    """[(interface, network)] from the kernel's table, where 10.0.1.0 is 0001000A on a little-endian machine."""
+    routes = []
+    for line in read_kernel_file("/proc/thread-self/net/route").splitlines()[1:]:
+        interface, network, _, _, _, _, _, mask, *_ = line.split()
+        network, mask = (socket.inet_ntoa(struct.pack("=I", int(text, 16))) for text in (network, mask))
+        routes.append((interface, ipaddress.ip_network(f"{network}/{mask}")))
+    return routes
 
-def create_bridge(netlink):
+def create_bridge():
     """mocker0 with its address, forwarding and NAT: made for the first container, used by all. → 10.0.0"""
-    subnet = shared_state()["subnet"]
-    if subnet and os.path.isdir(f"/sys/class/net/{BRIDGE}"):
-        return subnet
-    subnet = choose_subnet()
+    routes = read_routes()
+    for interface, network in routes:
+        if interface == BRIDGE:
+            return str(network[0]).rpartition(".")[0]
+    taken = [network for _, network in routes if network.prefixlen]  # not the default route, which is everywhere
+    free = [subnet for subnet in SUBNETS if not any(map(ipaddress.ip_network(f"{subnet}.0/24").overlaps, taken))]
+    check(free, f"no free subnet: {', '.join(SUBNETS)} are all in use here: run with --network=none")
+    subnet, forward = free[0], "/proc/sys/net/ipv4/ip_forward"
     if subnet != SUBNETS[0]:
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
-    forward = "/proc/sys/net/ipv4/ip_forward"
-    shared_state(subnet=subnet, files={forward: read_kernel_file(forward)})
-    netlink.add_bridge(BRIDGE, "02:42:" + ":".join(f"{int(part):02x}" for part in f"{subnet}.1".split(".")))
-    netlink.add_address(BRIDGE, f"{subnet}.1")
-    netlink.set_up(BRIDGE)
+    HOST.note(restore_file, forward, read_kernel_file(forward))
+    HOST.note(delete_bridge)
+    # With a MAC of its own: else it would take one of its ports', and change it when that port goes.
+    mac = "02:42:" + ":".join(f"{int(part):02x}" for part in f"{subnet}.1".split("."))
+    ask_kernel(f"ip link add {BRIDGE} address {mac} type bridge", NEW_LINK, CREATE, [
+        ("IFLA_IFNAME", BRIDGE), ("IFLA_ADDRESS", mac), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "bridge")]})])
+    add_address(BRIDGE, f"{subnet}.1")
+    set_up(BRIDGE)
     write_kernel_file(forward, "1")
     # What leaves the bridge goes out under the host's address, or the answers would not find back.
     rules = [("postrouting", f'ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
               f"-s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")]
-    tool = add_rules("mocker", rules)
-    shared_state(iptables=tool == "iptables")
-    if tool is None:
+    if not add_rules("mocker", rules, HOST):
         say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
+    for tool in iptables_with("filter"):
+        if "-P FORWARD DROP" in (run_tool([tool, "-w", "-S", "FORWARD"]) or ""):
+            HOST.note(delete_iptables, "mocker")
+            for direction in "-i", "-o":  # Docker is here, and forwards nothing but its own
+                run_tool([tool, "-w", "-I", "FORWARD", direction, BRIDGE, "-j", "ACCEPT", *COMMENT, "mocker"])
     return subnet
 
-def delete_network(id):
-    """Its namespace, its wire, its ports. What is gone already is no error."""
-    if os.path.isdir(f"/sys/class/net/veth0_{id}"):
-        Netlink().delete_link(f"veth0_{id}")  # now, and not when the kernel gets round to it
+def delete_bridge():
+    """With its NAT. Each has the kernel wait for those who may be reading: let them wait together."""
+    deletion = threading.Thread(target=delete_link, args=[BRIDGE])
+    deletion.start()
+    delete_nft("mocker")
+    deletion.join()
+
+def delete_network(id, address):
+    """Its namespace, its wire; from here on its address is free."""
+    delete_link(f"veth0_{id}")  # now, and not when the kernel gets round to it
     if os.path.exists(f"{NETNS}/mocker_{id}"):
-        with contextlib.suppress(MockerError):
-            unmount(f"{NETNS}/mocker_{id}")
+        detach(f"{NETNS}/mocker_{id}")
         os.unlink(f"{NETNS}/mocker_{id}")
-        with contextlib.suppress(OSError):
-            os.rmdir(NETNS)
+        remove_empty(NETNS)
 
 # ── The firewall: nft(8), or iptables(8) where it is missing ───────────────────────────────────────
 
-def add_rules(table, rules):
-    """Add (chain, rule for nft, the same for iptables) to the NAT, under a name. → the tool that did it, or None"""
-    tool = "nft"
-    hooks = {"prerouting": "prerouting priority -100", "output": "output priority -100",
-             "postrouting": "postrouting priority 100"}
-    chains = "".join(f"chain {chain} {{ type nat hook {hooks[chain]}; "
-                     + "".join(f"{rule}; " for hook, rule, _ in rules if hook == chain) + "}; "
-                     for chain in dict.fromkeys(chain for chain, _, _ in rules))
-    if run_tool(["nft", "-f", "-"], f"table ip {table} {{ {chains}}}") is None:
-        tool = "iptables"
-        mark = ["-m", "comment", "--comment", table]
-        for chain, _, rule in rules:
-            if run_tool(["iptables", "-w", "-t", "nat", "-A", chain.upper(), *rule.split(), *mark]) is None:
-                return None
-    if table == "mocker" and "policy drop" in (run_tool(["nft", "list", "chain", "ip", "filter", "FORWARD"]) or ""):
-        tool = "iptables"
-        for direction in "-i", "-o":  # Docker is here, and forwards nothing but its own
-            run_tool(["iptables", "-w", "-I", "FORWARD", direction, BRIDGE, "-j", "ACCEPT", "-m", "comment", "--comment", table])
-    return tool
+COMMENT = "-m", "comment", "--comment"
+CHAINS = {"prerouting": -100, "output": -100, "postrouting": 100}  # of the NAT, with their priorities
+IPTABLES = "iptables", "iptables-legacy"  # mostly the first one is for nftables, which not every kernel has
 
-def delete_rules(table):
-    """Of all tools that may have made them."""
-    if run_tool(["nft", "delete", "table", "ip", table]) is not None and not shared_state()["iptables"]:
-        return
-    for kind in "nat", "filter":
-        if table == "mocker" or kind == "nat":
-            for rule in (run_tool(["iptables", "-w", "-t", kind, "-S"]) or "").splitlines():
-                if re.search(rf"--comment {table}\b", rule):
-                    run_tool(["iptables", "-w", "-t", kind, "-D", *shlex.split(rule)[1:]])
+def add_rules(owner, rules, undo):
+    """Add (chain, rule for nft, the same for iptables) to the NAT, under an owner's name. False if nothing can."""
+    chains = ""
+    for chain, priority in CHAINS.items():
+        own = "".join(f"{rule}; " for hook, rule, _ in rules if hook == chain)
+        chains += f"chain {chain} {{ type nat hook {chain} priority {priority}; {own}}}; "
+    if run_tool(["nft", "-f", "-"], f"table ip {owner} {{ {chains}}}") is not None:
+        return True
+    undo.note(delete_iptables, owner)
+    return any(all(run_tool([tool, "-w", "-t", "nat", "-A", chain.upper(), *rule.split(), *COMMENT, owner]) is not None
+                   for chain, _, rule in rules) for tool in IPTABLES)
+
+def delete_nft(owner):
+    run_tool(["nft", "delete", "table", "ip", owner])
+
+def iptables_with(table):
+    """Those that may have something in a table. The older one would make it by looking, and never remove it."""
+    return IPTABLES if table in read_kernel_file("/proc/net/ip_tables_names").split() else IPTABLES[:1]
+
+def delete_iptables(owner):
+    for table, tool in [(kind, tool) for kind in ("nat", "filter") for tool in iptables_with(kind)]:
+        for rule in (run_tool([tool, "-w", "-t", table, "-S"]) or "").splitlines():
+            if re.search(rf"--comment {owner}\b", rule):
+                run_tool([tool, "-w", "-t", table, "-D", *shlex.split(rule)[1:]])
 
 def publish_ports(container, undo):
     """-p: what arrives at a port of this machine is sent on to the container, and the answers back."""
-    import socket
-
     rules = []
     for address, outer, inner, protocol in container.ports:
-        kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
-        holder = undo.enter_context(socket.socket(socket.AF_INET, kind))  # holds the port against others
-        try:
-            holder.bind((address, outer))
-            holder.listen(1) if protocol == "tcp" else None
-        except OSError as error:
-            raise MockerError(f"port {address}:{outer} can't be published ({error.strerror}): choose another") from None
+        container.holders.add(hold_port(address, outer, protocol))
         nft, iptables = f"ip daddr {address}", f"-d {address}"
         if address == "0.0.0.0":
             nft, iptables = "fib daddr type local", "-m addrtype --dst-type LOCAL"
@@ -1930,45 +1602,51 @@ def publish_ports(container, undo):
         rules += [(chain, f"{nft} {protocol} dport {outer} dnat to {target}",
                    f"{iptables} -p {protocol} --dport {outer} -j DNAT --to-destination {target}")
                   for chain in ("prerouting", "output")]
-    for source in ("127.0.0.0/8", f"{container.gateway}/24") if rules else ():  # this machine, and a neighbour
-        rules.append(("postrouting", f'oifname "{BRIDGE}" ct status dnat ip saddr {source} ip daddr {container.address} masquerade',
+    if not rules:
+        return
+    for source in "127.0.0.0/8", f"{container.gateway}/24":  # this machine, and a neighbour
+        way = f'oifname "{BRIDGE}" ct status dnat ip saddr {source} ip daddr {container.address}'
+        rules.append(("postrouting", f"{way} masquerade",
                       f"-o {BRIDGE} -m conntrack --ctstate DNAT -s {source} -d {container.address} -j MASQUERADE"))
-    if rules:
-        # From 127.0.0.1 a packet may leave by the bridge only if the bridge says so.
-        write_kernel_file(f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", "1")
-        undo.callback(delete_rules, f"mocker_{container.id}")
-        if not add_rules(f"mocker_{container.id}", rules):
-            raise MockerError("ports can't be published, since neither nft nor iptables works here: install nftables")
+    # From 127.0.0.1 a packet may leave by the bridge only if the bridge says so.
+    write_kernel_file(f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", "1")
+    undo.note(delete_nft, f"mocker_{container.id}")
+    check(add_rules(f"mocker_{container.id}", rules, undo),
+          "ports can't be published, since neither nft nor iptables works here: install nftables")
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  Its cgroup: how much it may use
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+def hold_port(address, port, protocol):
+    """A socket that keeps others from the port as long as the container runs."""
+    holder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM)
+    with explained(OSError, f"port {address}:{port} can't be published ({{}}): choose another"):
+        holder.bind((address, port))
+        if protocol == "tcp":
+            holder.listen(1)
+    return holder
+
+# ═══ Its cgroup: how much it may use ═════════════════════════════════════════════════════════════
 #
-#  v2, one tree:  /sys/fs/cgroup/mocker/<id>/{cgroup.procs,memory.max,pids.max,cpu.max,cgroup.kill}
-#  v1, a tree for each controller:  /sys/fs/cgroup/{memory,cpu,pids,…}/root/mocker_<id>/tasks
+#  v2, one tree:  /sys/fs/cgroup/mocker/<id>/{cgroup.procs,memory.max,pids.max,cpu.max}
+#  v1, a tree for each controller:  /sys/fs/cgroup/{memory,cpu,pids,…}/root/mocker_<id>/cgroup.procs
 
 CGROUP = "/sys/fs/cgroup"
 
 def cgroup_version():
     """2 if the unified tree is mounted there, 1 for a tree of controllers, 0 for none."""
     kinds = dict(line.split()[1:3] for line in read_kernel_file("/proc/self/mounts").splitlines())
-    if kinds.get(CGROUP) == "cgroup2":
-        return 2
-    return 1 if kinds.get(f"{CGROUP}/memory") == "cgroup" else 0
+    return 2 if kinds.get(CGROUP) == "cgroup2" else 1 if kinds.get(f"{CGROUP}/memory") == "cgroup" else 0
 
-def limits_of(container, version):
-    """The limits asked for → file name and text, as this cgroup version spells them."""
-    memory, cpus, pids = container.memory, container.cpus, container.pids_limit
-    period = 100_000  # microseconds
-    if version == 2:
+def limits_of(container):
+    """The limits asked for → {file: text}, as this cgroup version spells them."""
+    memory, cpus, pids, period = container.memory, container.cpus, container.pids_limit, 100_000  # microseconds
+    if container.cgroup_version == 2:
         wanted = {"memory.max": memory, "memory.swap.max": memory, "pids.max": pids,
                   "cpu.max": cpus and f"{int(cpus * period)} {period}"}
     else:
         wanted = {"memory.memsw.limit_in_bytes": memory and 2 * memory, "pids.max": pids,
                   "cpu.cfs_quota_us": cpus and int(cpus * period)}
-    return {name: str(value) for name, value in wanted.items() if value is not None}
+    return {name: str(value) for name, value in wanted.items() if value}
 
-@step(part="cgroup")
+@step("cgroup")
 def create_cgroup(container, undo):
     """Cgroup: how much the container may use
 
@@ -1978,84 +1656,76 @@ def create_cgroup(container, undo):
     nothing: this is the part that "Docker is just cgroups" is about.
     See man 7 cgroups. Look: cat /sys/fs/cgroup/mocker/ID/*.max
     """
-    version = container.cgroup_version
-    if version == 0:
-        raise MockerError("no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup, or let systemd mount it")
-    undo.callback(delete_cgroup, container.id)
-    with locked(SHARED):
-        container.cgroups = create_cgroup_v2(container) if version == 2 else create_cgroup_v1(container)
-    for name, value in limits_of(container, version).items():
-        for directory in container.cgroups:
-            if os.path.exists(f"{directory}/{name}"):
-                write_kernel_file(f"{directory}/{name}", value)
-                prove(f"cat {directory}/{name}", read_kernel_file(f"{directory}/{name}"))
-                break
-        else:
-            if name not in ("memory.swap.max", "memory.memsw.limit_in_bytes"):  # without swap there is none to limit
-                raise MockerError(f"this machine's cgroups have no {name}: enable the controller, or leave the limit out")
+    check(container.cgroup_version, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+    undo.note(delete_cgroup, container.id)
+    with locked(JOURNALS):
+        container.cgroups = {1: create_cgroup_v1, 2: create_cgroup_v2}[container.cgroup_version](container)
+    for name, value in limits_of(container).items():
+        path = next(filter(os.path.exists, (f"{directory}/{name}" for directory in container.cgroups)), None)
+        if path:
+            write_kernel_file(path, value)
+            prove(f"cat {path}", read_kernel_file(path))
+        # Without swap there is none to limit.
+        check(path or "sw" in name, f"the cgroups here have no {name}: enable the controller, or leave the limit out")
 
 def create_cgroup_v2(container):
     """/sys/fs/cgroup/mocker/<id>. A parent must pass each controller on (man 7 cgroups, "subtree_control")."""
     parent, own = f"{CGROUP}/mocker", f"{CGROUP}/mocker/{container.id}"
-    if not os.path.isdir(parent):
-        shared_state(directories=[parent])
-        tell(f"mkdir {parent}")
-        os.mkdir(parent)
+    make_shared_directory(parent)
     for directory in CGROUP, parent:
-        enable_controllers(directory)
+        there = read_kernel_file(f"{directory}/cgroup.controllers").split()
+        passed = read_kernel_file(f"{directory}/cgroup.subtree_control").split()
+        missing = [name for name in ("memory", "pids", "cpu") if name in there and name not in passed]
+        if missing:
+            pass_on(directory, missing)
     tell(f"mkdir {own}")
     os.mkdir(own)
     return [own]
 
-def enable_controllers(directory):
-    """Write +memory +pids +cpu, as far as they are there, into a directory's subtree_control."""
-    path = f"{directory}/cgroup.subtree_control"
-    there = read_kernel_file(f"{directory}/cgroup.controllers").split()
-    missing = [c for c in ("memory", "pids", "cpu") if c in there and c not in read_kernel_file(path).split()]
-    if not missing:
-        return
-    shared_state(files={path: " ".join(f"-{controller}" for controller in missing)})
+def make_shared_directory(directory):
+    if not os.path.isdir(directory):
+        HOST.note(remove_empty, directory)
+        tell(f"mkdir {directory}")
+        os.mkdir(directory)
+
+def pass_on(directory, controllers):
+    """A cgroup with processes can't pass controllers on, and in a container the root of the tree is
+    such a one: its processes move aside, as Docker's own docker-in-docker does it."""
+    path, aside = f"{directory}/cgroup.subtree_control", f"{CGROUP}/mocker_aside"
     try:
-        write_kernel_file(path, " ".join(f"+{controller}" for controller in missing))
+        write_kernel_file(path, " ".join(f"+{name}" for name in controllers))
     except MockerError as error:
         if error.errno != errno.EBUSY:
             raise
-        # A cgroup with processes can't pass controllers on, and in a container the root of the tree
-        # is such a one: its processes move aside, as Docker's own docker-in-docker does it.
-        aside = f"{CGROUP}/mocker_aside"
-        os.makedirs(aside, exist_ok=True)
-        shared_state(directories=[aside])
-        for pid in read_kernel_file(f"{directory}/cgroup.procs").split():
-            with contextlib.suppress(MockerError):
-                write_kernel_file(f"{aside}/cgroup.procs", pid)
-        write_kernel_file(path, " ".join(f"+{controller}" for controller in missing))
+        make_shared_directory(aside)
+        HOST.note(move_processes, aside, directory)
+        move_processes(directory, aside)
+        write_kernel_file(path, " ".join(f"+{name}" for name in controllers))
+    HOST.note(restore_file, path, " ".join(f"-{name}" for name in controllers))
+
+def move_processes(source, target):
+    for pid in read_kernel_file(f"{source}/cgroup.procs").split():
+        with contextlib.suppress(MockerError):  # it may have ended
+            write_kernel_file(f"{target}/cgroup.procs", pid)
 
 def create_cgroup_v1(container):
     """The `cgroups` package does memory and cpu; pids and the rest are made beside them."""
-    import logging
-
-    import cgroups
-
     logging.getLogger("cgroups.user").setLevel(logging.ERROR)
     hierarchies = [f"{CGROUP}/{name}" for name in os.listdir(CGROUP) if os.path.isdir(f"{CGROUP}/{name}")]
     for directory in hierarchies:  # the package makes a directory in every one, and leaves it
-        if not os.path.isdir(f"{directory}/root"):
-            shared_state(directories=[f"{directory}/root"])
+        make_shared_directory(f"{directory}/root")
     tell(f"mkdir {CGROUP}/memory/root/mocker_{container.id} {CGROUP}/cpu/root/mocker_{container.id}")
     group = cgroups.Cgroup(f"mocker_{container.id}", user="root")
     if container.memory:
         group.set_memory_limit(container.memory, "bytes")
-        prove("cat memory.limit_in_bytes", str(group.memory_limit) + " MiB")
-    own = [f"{directory}/root/mocker_{container.id}" for directory in hierarchies if controls_v1(directory)]
+    # Neither the v2 tree of a hybrid machine, nor cpuset, whose groups take nobody until told which CPUs.
+    own = [f"{directory}/root/mocker_{container.id}" for directory in hierarchies
+           if os.path.exists(f"{directory}/tasks") and not os.path.exists(f"{directory}/cpuset.cpus")]
     for directory in own:
         os.makedirs(directory, exist_ok=True)
     return own
 
-def controls_v1(directory):
-    """Not the v2 tree of a hybrid machine, and not cpuset, whose groups take nobody until told which CPUs."""
-    return os.path.exists(f"{directory}/tasks") and not os.path.exists(f"{directory}/cpuset.cpus")
-
-@step(part="cgroup")
+@step("cgroup")
 def join_cgroup(container):
     """Join the cgroup, while /sys/fs/cgroup is still in sight
 
@@ -2070,28 +1740,23 @@ def join_cgroup(container):
 def mount_cgroups(container, plain, writable):
     """/sys/fs/cgroup; by the cgroup namespace its root is the container's own group."""
     if not container.cgroups or not os.path.isdir(CGROUP):
-        return
+        return None
     if container.cgroup_version == 2:
-        mount("cgroup", CGROUP, "cgroup2", plain | writable)
-        return
+        return mount("cgroup", CGROUP, "cgroup2", plain | writable)
     mount("tmpfs", CGROUP, "tmpfs", plain, "mode=755")
     for directory in container.cgroups:
         name = directory.split("/")[4]
         os.mkdir(f"{CGROUP}/{name}")
         mount("cgroup", f"{CGROUP}/{name}", "cgroup", plain | writable, f"{'name=' * (name == 'systemd')}{name}")
-    mount("none", CGROUP, "", MS_REMOUNT | plain | writable)
+    return mount("none", CGROUP, "", MS_REMOUNT | plain | writable)
 
 def delete_cgroup(id):
     """End what is still in it, and remove it. The kernel may need a moment to let the dead go."""
-    import time
-
-    parents = [f"{CGROUP}/mocker/{id}"] + [f"{CGROUP}/{name}/root/mocker_{id}" for name in os.listdir(CGROUP)]
-    for directory in filter(os.path.isdir, parents):
-        deadline = time.monotonic() + 5
+    directories = [f"{CGROUP}/mocker/{id}"] + [f"{CGROUP}/{name}/root/mocker_{id}" for name in os.listdir(CGROUP)]
+    deadline = time.monotonic() + 5
+    for directory in directories:
         while os.path.isdir(directory):
-            for pid in read_kernel_file(f"{directory}/cgroup.procs").split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+            end_members(directory)
             try:
                 if os.path.exists(f"{directory}/memory.force_empty"):  # v1 keeps a group for its cached pages' sake
                     write_kernel_file(f"{directory}/memory.force_empty", 0)
@@ -2101,24 +1766,25 @@ def delete_cgroup(id):
                     raise
                 time.sleep(0.005)
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  Its privileges: user, capabilities, system calls
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+def end_members(directory):
+    for pid in read_kernel_file(f"{directory}/cgroup.procs").split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+# ═══ Its privileges: user, capabilities, system calls ════════════════════════════════════════════
 
 # Root's power in pieces (man 7 capabilities); a capability's number is its place in this list.
-CAPABILITIES = """
+CAPABILITIES = re.findall(r"\w+", """
     CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
     NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT
     SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE
     AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ
-    PERFMON BPF CHECKPOINT_RESTORE
-""".split()
+    PERFMON BPF CHECKPOINT_RESTORE""")
 
 # What Docker leaves to a container's root: enough to install packages and run servers.
-DEFAULT_CAPABILITIES = """
+DEFAULT_CAPABILITIES = re.findall(r"\w+", """
     CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE NET_RAW SYS_CHROOT
-    MKNOD AUDIT_WRITE SETFCAP
-""".split()
+    MKNOD AUDIT_WRITE SETFCAP""")
 
 # The system calls that Docker refuses, and the capabilities of which any gives them back ("-": none).
 # "name x86_64/aarch64", or one number where both have the same; nothing after "/": aarch64 lacks it.
@@ -2161,56 +1827,49 @@ def seccomp_filter(capabilities):
     See the kernel's userspace-api/seccomp_filter.rst, and man 2 seccomp.
     """
     x86 = os.uname().machine == "x86_64"
-    equal, at_least, any_bit = 0x15, 0x35, 0x45
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
 
-    def load(offset):
-        return struct.pack("HBBI", 0x20, 0, 0, offset)
+    def op(code, value, skip_unless=0):
+        return struct.pack("HBBI", code, 0, skip_unless, value)
 
-    def unless(test, value, skip):
-        return struct.pack("HBBI", test, 0, skip, value)
-
-    def answer(value):
-        return struct.pack("HBBI", 0x06, 0, 0, value)
-
-    allow, refuse, unknown = answer(0x7FFF0000), answer(0x00050000 | errno.EPERM), answer(0x00050000 | errno.ENOSYS)
-    architecture, number, first_argument = load(4), load(0), load(16)
+    allow = op(answer, 0x7FFF0000)
+    refuse, unknown = (op(answer, 0x50000 | number) for number in (errno.EPERM, errno.ENOSYS))
     # The 32-bit entry has other numbers; those of x32 begin at 2^30. Both are closed here.
-    program = [architecture, struct.pack("HBBI", equal, 1, 0, 0xC000003E if x86 else 0xC00000B7), unknown,
-               number, unless(at_least, LAST_CALL + 1, 1), unknown]
+    program = [op(load, 4), op(equal, 0xC000003E if x86 else 0xC00000B7, 2),
+               op(load, 0), op(at_least, LAST_CALL + 1, 1), unknown]
     for unlocking, *calls in map(str.split, REFUSED_CALLS.strip().splitlines()):
-        if not set(unlocking.split("|")) & set(capabilities):
-            for name, numbers in zip(calls[::2], calls[1::2]):
-                if numbers.split("/")[0 if x86 else -1]:
-                    # clone3 keeps its flags where no filter can look; told ENOSYS, the C library takes clone.
-                    program += [unless(equal, int(numbers.split("/")[0 if x86 else -1]), 1), unknown if name == "clone3" else refuse]
+        for name, numbers in zip(calls[::2], calls[1::2]):
+            number = numbers.split("/")[0 if x86 else -1]
+            if number and not set(unlocking.split("|")) & set(capabilities):
+                # clone3 keeps its flags where no filter can look; told ENOSYS, the C library takes clone.
+                program += [op(equal, int(number), 1), unknown if name == "clone3" else refuse]
     if "SYS_ADMIN" not in capabilities:
-        program += [unless(equal, 56 if x86 else 220, 4), first_argument, unless(any_bit, CLONE_NEW, 1), refuse, allow]
-    program += [unless(equal, 41 if x86 else 198, 2 + 2 * len(FAMILIES)), first_argument]  # socket
+        program += [op(equal, 56 if x86 else 220, 4), op(load, 16), op(any_bit, CLONE_NEW, 1), refuse, allow]
+    program += [op(equal, 41 if x86 else 198, 2 + 2 * len(FAMILIES)), op(load, 16)]  # socket
     for family in FAMILIES:
-        program += [unless(equal, family, 1), refuse]
-    program += [allow, unless(equal, 135 if x86 else 92, 2 + 2 * len(PERSONALITIES)), first_argument]
+        program += [op(equal, family, 1), refuse]
+    program += [allow, op(equal, 135 if x86 else 92, 2 + 2 * len(PERSONALITIES)), op(load, 16)]
     for personality in PERSONALITIES:
-        program += [unless(equal, personality, 1), allow]
+        program += [op(equal, personality, 1), allow]
     return b"".join(program + [refuse, allow])
 
-def own_capabilities():
-    """The names of the capabilities in our bounding set: nobody can hand on more."""
-    bounding = int(re.search(r"CapBnd:\s*(\w+)", read_kernel_file("/proc/self/status"))[1], 16)
-    return [name for number, name in enumerate(CAPABILITIES) if bounding & 1 << number]
+def capabilities_of(kind):
+    """The names in one of our sets: CapEff is what we may do, CapBnd what anybody we start can ever get."""
+    bits = int(re.search(rf"{kind}:\s*(\w+)", read_kernel_file("/proc/self/status"))[1], 16)
+    return [name for number, name in enumerate(CAPABILITIES) if bits & 1 << number]
 
 def choose_capabilities(add, drop, privileged):
     """--cap-add, --cap-drop and --privileged → the capabilities that are kept, as docker counts them."""
     add, drop = ([name.upper().removeprefix("CAP_") for name in names] for names in (add, drop))
     for name in add + drop:
-        if name not in [*CAPABILITIES, "ALL"]:
-            raise MockerError(f"unknown capability '{name}': write one of man 7 capabilities, or ALL")
+        check(name in [*CAPABILITIES, "ALL"], f"unknown capability '{name}': write one of man 7 capabilities, or ALL")
     if "ALL" in add or privileged:
         kept = set(CAPABILITIES) - set(drop)
     else:
         kept = (set() if "ALL" in drop else set(DEFAULT_CAPABILITIES) - set(drop)) | set(add)
-    return [name for name in own_capabilities() if name in kept]
+    return [name for name in capabilities_of("CapBnd") if name in kept]
 
-@step(part="caps")
+@step("caps")
 def drop_capabilities(container):
     """Capabilities: root, but not the machine's root
 
@@ -2218,12 +1877,12 @@ def drop_capabilities(container):
     for good: what is dropped from the bounding set can't come back through any program.
     See man 7 capabilities. Look: grep Cap /proc/PID/status; capsh --decode=…
     """
-    dropped = [name for name in own_capabilities() if name not in container.capabilities]
+    dropped = [name for name in capabilities_of("CapBnd") if name not in container.capabilities]
     tell("setpriv --bounding-set " + (",".join(f"-{name.lower()}" for name in dropped) or "+all"))
     for name in dropped:
         call("prctl", PR_CAPBSET_DROP, CAPABILITIES.index(name), 0, 0, 0, what=f"drop {name}")
 
-@step(part="seccomp")
+@step("seccomp")
 def filter_system_calls(container):
     """Seccomp: refuse the system calls that no container needs
 
@@ -2238,13 +1897,11 @@ def filter_system_calls(container):
 def install_filter(program):
     """prctl(PR_SET_SECCOMP): from here on, for this process and all that it starts."""
     tell(f"prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, a program of {len(program) // 8} instructions)")
-    import ctypes
-
     buffer = ctypes.create_string_buffer(program)
     header = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
     call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0, what="seccomp")
 
-@step
+@step()
 def become_user(container):
     """User: take the image's user, and only its groups
 
@@ -2252,16 +1909,16 @@ def become_user(container):
     is left of root's capabilities goes when the user is another; root keeps the 14.
     See man 7 credentials. Look: ps -o user,pid,args
     """
-    user = User(container.user)
-    container.environment.setdefault("HOME", user.home)
+    uid, gids, home = find_user(container.user)
+    container.environment["HOME"] = container.environment.get("HOME") or home
     for stream in 0, 1, 2:
-        with contextlib.suppress(OSError):
-            os.fchown(stream, user.uid, user.gid)  # so that /dev/stdout can be opened again
+        if os.fstat(stream).st_rdev != os.makedev(1, 3):  # not /dev/null
+            os.fchown(stream, uid, -1)  # so that /dev/stdout can be opened again
     if "user" in container.parts:
-        tell(f"setpriv --reuid {user.uid} --regid {user.gid} --groups {','.join(map(str, user.groups)) or 'none'}")
-        os.setgroups(user.groups)
-        os.setresgid(user.gid, user.gid, user.gid)
-        os.setresuid(user.uid, user.uid, user.uid)
+        tell(f"setpriv --reuid {uid} --regid {gids[0]} --groups {','.join(map(str, gids))}")
+        os.setgroups(gids)
+        os.setresgid(gids[0], gids[0], gids[0])
+        os.setresuid(uid, uid, uid)
     if "caps" in container.parts and os.geteuid() == 0:
         set_capabilities(container.capabilities)
     # The kernel forgets this when the user changes (man 2 PR_SET_PDEATHSIG).
@@ -2272,41 +1929,34 @@ def become_user(container):
 def set_capabilities(names):
     """capset(2): effective and permitted, and none to be inherited; the bits come in two halves."""
     bits = sum(1 << CAPABILITIES.index(name) for name in names)
-    low, high = bits & 0xFFFFFFFF, bits >> 32
-    version_3 = 0x20080522
+    low, high, version_3 = bits & 0xFFFFFFFF, bits >> 32, 0x20080522
     call("capset", struct.pack("Ii", version_3, 0), struct.pack("6I", low, low, 0, high, high, 0))
 
-class User:
-    """Who the container runs as: -u, or the image's User, looked up in the image's own files."""
-
-    def __init__(self, text):
-        name, _, group = text.partition(":")
-        accounts, groups = read_colons("/etc/passwd", 6), read_colons("/etc/group", 3)
-        name = name or "0"
-        account = find_entry(accounts, name)
-        if account is None and not is_id(name):
-            raise MockerError(f"unable to find user {name}: no matching entries in passwd file")
-        self.uid = int(account[2] if account else name)
-        self.gid = int(account[3]) if account else 0
-        self.home = account[5] if account else "/"
-        self.groups = [self.gid]
-        if group:
-            entry = find_entry(groups, group)
-            if entry is None and not is_id(group):
-                raise MockerError(f"unable to find group {group}: no matching entries in group file")
-            self.gid = int(entry[2] if entry else group)
-            self.groups = [self.gid]
-        elif account:
-            self.groups += [int(entry[2]) for entry in groups if account[0] in entry[3].split(",") and int(entry[2]) != self.gid]
-        if not all(0 <= number < 2**31 for number in (self.uid, *self.groups)):
-            raise MockerError("uids and gids must be in range 0-2147483647")
+def find_user(text):
+    """-u, or the image's User, looked up in the image's own files → uid, gids, home"""
+    name, _, group = text.partition(":")
+    groups = read_colons("/etc/group", 3)
+    account = find_entry(read_colons("/etc/passwd", 6), name or "0", "user", "passwd")
+    uid, gids, home = int(account[2] if account else name or 0), [0], account[5] if account else "/"
+    if group:
+        entry = find_entry(groups, group, "group", "group")
+        gids = [int(entry[2] if entry else group)]
+    elif account:
+        more = [int(entry[2]) for entry in groups if account[0] in entry[3].split(",")]
+        gids = list(dict.fromkeys([int(account[3]), *more]))
+    check(all(number < 2**31 for number in (uid, *gids)), "uids and gids must be in range 0-2147483647")
+    return uid, gids, home
 
 def is_id(text):
-    return re.fullmatch(r"[0-9]+", text, re.ASCII) is not None
+    return re.fullmatch("[0-9]{1,10}", text, re.ASCII) is not None
 
-def find_entry(entries, key):
-    """By name, or by number if the key is one: then no name counts."""
-    return next((entry for entry in entries if (int(entry[2]) == int(key) if is_id(key) else entry[0] == key)), None)
+def find_entry(entries, key, kind, file):
+    """By name, or by number if the key is one: then no name counts, and any number will do."""
+    for entry in entries:
+        if int(entry[2]) == int(key) if is_id(key) else entry[0] == key:
+            return entry
+    check(is_id(key), f"unable to find {kind} {key}: no matching entries in {file} file")
+    return None
 
 def read_colons(path, count):
     """Lines of /etc/passwd or /etc/group, as lists of fields. Any file may stand there: a FIFO, or a kernel's."""
@@ -2316,16 +1966,29 @@ def read_colons(path, count):
         return []
     text = os.read(handle, 1 << 20).decode(errors="replace") if stat.S_ISREG(os.fstat(handle).st_mode) else ""
     os.close(handle)
-    entries = [line.split(":") for line in text.splitlines()]
-    return [entry + [""] for entry in entries if len(entry) >= count and is_id(entry[2]) and (count == 3 or is_id(entry[3]))]
+    entries, ids = [line.split(":") for line in text.splitlines()], slice(2, 4 if count > 3 else 3)
+    return [[*entry, ""] for entry in entries if len(entry) >= count and all(map(is_id, entry[ids]))]
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  run: the chapters above, in order
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+# ═══ run: the chapters above, in order ═══════════════════════════════════════════════════════════
 
 NAMESPACES = ("mnt", "uts", "ipc", "pid", "net", "cgroup", "user")
 PARTS = ("net", "pid", "mount", "uts", "ipc", "cgroup", "overlay", "pivot_root", "caps", "seccomp", "mask", "user")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+             signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
+# What an option's value looks like, and how to say so.
+FORMS = {
+    "--name": (r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", "letters and digits, after the first also _ . and -"),
+    "--env": (r"[^=]+(=.*)?", "NAME=VALUE, or NAME to take it from here"),
+    "--workdir": (r"/.*", "an absolute path"),
+    "--network": (r"bridge|none|host", "bridge, none or host"),
+    "--memory": (r"(\d{1,19})([bkmg]?)b?", "a number and b, k, m or g, as in 512m"),
+    "--cpus": (r"\d+\.?\d*|\.\d+", "a number of CPUs, as in 1.5"),
+    "--pids-limit": (r"-1|\d{1,9}", "a number, as in 100"),
+    "--volume": (r"([^:]+):(/[^:]*)(:ro|:rw)?", "host:container or host:container:ro, the latter as an absolute path"),
+    "--publish": (r"(?:(\d+\.\d+\.\d+\.\d+):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?",
+                  "[ip:]host:container[/udp], as in 8080:80"),
+}
 
 def run(arguments):
     """Run a command in a container. The image is pulled if it is not here.
@@ -2334,8 +1997,8 @@ def run(arguments):
       mocker run [options] [-e VAR]... [-v VOLUME]... [-p PORT]...
                  [--cap-add=CAP]... [--cap-drop=CAP]... [--name=N] [--hostname=N]
                  [--network=N] [--cpus=N] [--entrypoint=PROGRAM] [--pids-limit=N]
-                 [--read-only] [--privileged] [--explain] [--step] [--rm]
-                 <name> [<command>...]
+                 [--without=P | --only=P] [--read-only] [--privileged] [--explain]
+                 [--step] [--rm] <name> [<command>...]
 
     Options:
       -i, --interactive   keep stdin open          --rm          remove it later
@@ -2348,15 +2011,18 @@ def run(arguments):
       -p, --publish PORT  [ip:]host:container[/udp]
       -m, --memory SIZE   as in 512m               --cpus, --pids-limit  a number
       --explain: tell and show each step. --step: and wait for Enter before it.
+      --without, --only: some of net,pid,mount,uts,ipc,cgroup,overlay,pivot_root,
+      caps,seccomp,mask,user, to see what each is for; --only=chroot is none.
     """
     need_root("run")
+    need_disk()
     container = Container(find_image(arguments["<name>"]), arguments)
-    with contextlib.ExitStack() as undo, undisturbed_end():
+    with journal(container.id) as undo:
         create_container(container, undo)
         create_cgroup(container, undo)
         create_network(container, undo)
-        process = start(container, undo)
-        status = attend(container, process)
+        start(container)
+        status = attend(container)
         say("Finalizing")
     say("done")
     return status
@@ -2371,7 +2037,7 @@ def inside(container):
     enter_root(container)
     mount_kernel_filesystems(container)
     unpack_parcels(container, parcels)
-    mount_proc(container)
+    open_streams(container)
     mask_paths(container)
     enter_working_directory(container)
     drop_capabilities(container)
@@ -2386,26 +2052,42 @@ class Container:
         config = image.config.get("config") or {}
         self.id = os.urandom(4).hex()
         self.image, self.directory = image, store("containers", self.id)
-        self.parts = set(PARTS)
+        self.parts = choose_parts(arguments["--without"], arguments["--only"])
         self.arguments = command_line(config, arguments["--entrypoint"], arguments["<command>"])
-        self.name = parse_container_name(arguments["--name"]) or self.id
+        self.name = parse("--name", arguments["--name"] or self.id)[0]
         self.hostname = arguments["--hostname"] or self.id
         self.remove = arguments["--rm"]
-        self.terminal, self.interactive = arguments["--tty"], arguments["--interactive"]
+        self.terminal, interactive = arguments["--tty"], arguments["--interactive"]
+        check(not self.terminal or not interactive or os.isatty(0), "the input device is not a TTY: leave out -t")
+        # With -i, whatever it is; without, a pipe or a file is passed on, and a terminal left alone.
+        self.takes_stdin = interactive or not stat.S_ISCHR(os.fstat(0).st_mode)
         self.environment = environment(config, arguments["--env"], self.hostname, self.terminal)
         self.user = arguments["--user"] or config.get("User") or ""
-        self.working_directory = absolute(arguments["--workdir"] or config.get("WorkingDir") or "/", "the working directory")
-        self.memory = parse_size(arguments["--memory"])
+        folder = arguments["--workdir"] or config.get("WorkingDir") or "/"
+        self.working_directory = os.path.normpath(parse("--workdir", folder)[0])
+        self.memory = parse_size(arguments["--memory"] or "0")
         self.cpus = parse_cpus(arguments["--cpus"])
-        self.pids_limit = parse_count(arguments["--pids-limit"])
-        self.network = parse_network(arguments["--network"])
+        self.pids_limit = max(0, int(parse("--pids-limit", arguments["--pids-limit"] or "0")[0]))  # 0 and -1: none
+        self.network = parse("--network", arguments["--network"] or "bridge")[0] if "net" in self.parts else "host"
         self.volumes = [parse_volume(text) for text in arguments["--volume"]]
         self.ports = [parse_port(text) for text in arguments["--publish"]]
         self.privileged, self.read_only = arguments["--privileged"], arguments["--read-only"]
         self.capabilities = choose_capabilities(arguments["--cap-add"], arguments["--cap-drop"], self.privileged)
-        self.address = self.gateway = self.netns = self.lock = None
-        self.cgroups, self.cgroup_version = [], cgroup_version()
+        self.address = self.gateway = self.netns = self.pid = None
+        self.holders, self.cgroups, self.cgroup_version = set(), [], cgroup_version()
+        names = [name for name in os.listdir("/dev") if name != "ptmx"] if self.privileged else DEVICES
+        self.devices = {name: os.stat(f"/dev/{name}") for name in names
+                        if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")}
         self.host_namespaces = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
+
+def choose_parts(without, only):
+    """--without=net,pid: all other parts; --only=net,pid: none but these; chroot is what then remains."""
+    named = {name for name in (without or only or "").split(",") if name}
+    check(named <= {*PARTS, "chroot"}, f"no such part: {', '.join(named - {*PARTS})}: there are {', '.join(PARTS)}")
+    parts = named if only is not None else {*PARTS} - named
+    if "pivot_root" in parts and "mount" not in parts:
+        say("without a mount namespace, pivot_root would move this machine's own root: chroot instead")
+    return parts - (set() if "mount" in parts else {"pivot_root"})
 
 def find_image(name):
     """The stored image of that name; pulled if there is none."""
@@ -2423,219 +2105,93 @@ def command_line(config, entrypoint, command):
         line = ([entrypoint] if entrypoint else []) + command
     else:
         line = (config.get("Entrypoint") or []) + (command or config.get("Cmd") or [])
-    if not line:
-        raise MockerError("no command specified, and the image names none: mocker run IMAGE COMMAND")
+    check(line, "no command specified, and the image names none: mocker run IMAGE COMMAND")
     return line
 
 def environment(config, given, hostname, terminal):
-    """The image's variables, with those of -e over them."""
+    """Those of -e, then the image's others, over the defaults; a name without a value takes one away, as in docker."""
     variables = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, **({"TERM": "xterm"} if terminal else {})}
-    for text in (config.get("Env") or []) + [text if "=" in text else f"{text}={os.environ[text]}"
-                                             for text in given if "=" in text or text in os.environ]:
-        name, _, value = text.partition("=")
-        if not name:
-            raise MockerError(f"invalid variable '{text}': write NAME=VALUE, or NAME to take it from here")
+    given = [f"{text}={os.environ[text]}" if text in os.environ else text for text in given]
+    replaced = {text.partition("=")[0] for text in given}
+    for text in given + [text for text in config.get("Env") or [] if text.partition("=")[0] not in replaced]:
+        name, has_value, value = parse("--env", text)[0].partition("=")
         variables[name] = value
+        if not has_value:
+            del variables[name]
     return variables
 
-def absolute(path, what):
-    if not path.startswith("/"):
-        raise MockerError(f"{what} '{path}' is invalid, it needs to be an absolute path")
-    return os.path.normpath(path)
-
-def parse_container_name(text):
-    """--name: one word, and no other container's."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", text, re.ASCII):
-        raise MockerError(f"invalid container name '{text}': only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
-    if any(container["name"] == text for container in all_containers()):
-        raise MockerError(f"the name '{text}' is in use by another container: choose another, or mocker clean --containers once it has ended")
-    return text
+def parse(option, text):
+    """An option's value, or a MockerError that says how to write it. → re.Match"""
+    pattern, form = FORMS[option]
+    match = re.fullmatch(pattern, text, re.ASCII | re.DOTALL)
+    check(match, f"invalid {option} '{text[:100]}': write {form}")
+    return match
 
 def parse_size(text):
     """512m → 536870912 bytes; b, k, m, g as docker's."""
-    match = re.fullmatch(r"(\d+)([bkmg]?)b?", (text or "0").lower(), re.ASCII)
-    if not match:
-        raise MockerError(f"invalid size '{text}': write a number and b, k, m or g, as in 512m")
+    match = parse("--memory", text.lower())
     size = int(match[1]) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[match[2]]
-    if 0 < size < 6 << 20:
-        raise MockerError("minimum memory limit allowed is 6MB")
-    if size >= 1 << 63:
-        raise MockerError(f"invalid size '{text}': larger than any machine's memory")
-    return size or None
+    check(size == 0 or 6 << 20 <= size < 1 << 63, f"invalid --memory '{text}': minimum is 6MB, maximum 63 bits")
+    return size
 
 def parse_cpus(text):
     """1.5 → 1.5; None without a limit."""
-    try:
-        cpus = float(text or 0)
-    except ValueError:
-        raise MockerError(f"invalid number of CPUs '{text}': write a number, as in 1.5") from None
-    if text and not 0.01 <= cpus <= os.cpu_count():
-        raise MockerError(f"range of CPUs is from 0.01 to {os.cpu_count()}.00, as there are only {os.cpu_count()} CPUs available")
-    return cpus or None
-
-def parse_count(text):
-    """--pids-limit: a number; 0 and -1 mean none, as docker's."""
-    if text and not re.fullmatch(r"-1|\d{1,9}", text, re.ASCII):
-        raise MockerError(f"invalid number of processes '{text}': write a number, as in 100")
-    return int(text) if text and int(text) > 0 else None
-
-def parse_network(text):
-    if text not in (None, "bridge", "none", "host"):
-        raise MockerError(f"no such network: '{text}': there are bridge, none and host")
-    return text or "bridge"
+    cpus = float(parse("--cpus", text)[0]) if text else None
+    there = os.cpu_count()
+    check(not text or 0.01 <= cpus <= there, f"invalid --cpus '{text}': this machine has {there} CPUs")
+    return cpus
 
 def parse_volume(text):
     """host:container[:ro] → (host, container, read-only). A missing host directory is made, as by docker."""
-    host, _, rest = text.partition(":")
-    target, _, mode = rest.partition(":")
-    if not host or not target or mode not in ("", "ro", "rw"):
-        raise MockerError(f"invalid volume '{text}': write host:container or host:container:ro")
-    target = absolute(target, "the volume's place")
-    if target == "/":
-        raise MockerError(f"invalid volume '{text}': it can't be mounted on '/'")
-    host = os.path.abspath(host)
-    try:
+    host, target, mode = parse("--volume", text).groups()
+    check(os.path.normpath(target).strip("/"), f"invalid --volume '{text}': it can't be mounted on '/'")
+    with explained(OSError, f"invalid --volume '{text[:100]}': {host[:100]} can't be made: {{}}"):
         if not os.path.exists(host):
             os.makedirs(host)
-    except OSError as error:
-        raise MockerError(f"invalid volume '{text[:100]}': {host[:100]} can't be made: {error.strerror}") from None
-    return host, target, mode == "ro"
+    return os.path.abspath(host), target, mode == ":ro"
 
 def parse_port(text):
     """[ip:]host:container[/udp] → (ip, host, container, protocol)"""
-    match = re.fullmatch(r"(?:(\d+\.\d+\.\d+\.\d+):)?(\d+):(\d+)(?:/(tcp|udp))?", text, re.ASCII)
-    if not match or not all(0 < int(port) < 65536 for port in (match[2], match[3])):
-        raise MockerError(f"invalid port '{text}': write [ip:]host:container[/udp], as in 8080:80")
-    return match[1] or "0.0.0.0", int(match[2]), int(match[3]), match[4] or "tcp"
+    address, outer, inner, protocol = parse("--publish", text).groups()
+    check(0 < int(outer) < 65536 and 0 < int(inner) < 65536, f"invalid --publish '{text}': ports are from 1 to 65535")
+    return address or "0.0.0.0", int(outer), int(inner), protocol or "tcp"
 
 def create_container(container, undo):
-    """Its directory, and its entry among those that run."""
-    path = f"{SHARED}/{container.id}.json"
-    with locked(SHARED):
-        container.lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(container.lock, fcntl.LOCK_EX)
-        note_container(container)
-        undo.callback(unregister, container.id)
-        undo.callback(delete_directory, container.directory, container.remove, "mount" not in container.parts)
-        parse_container_name(container.name)  # again, now that nobody else can take it
-        os.makedirs(f"{container.directory}/rootfs")
+    """Its directory, and its name, which no other may have."""
+    if container.remove:
+        undo.note(delete_directory, container.directory)
+    if "mount" not in container.parts:
+        undo.note(detach, f"{container.directory}/rootfs")
+    with locked(JOURNALS):
+        check(all(other["name"] != container.name for other in all_containers()),
+              f"the name '{container.name}' is in use: choose another, or mocker clean --containers once it has ended")
+        os.makedirs(container.directory)
         write_config(container, "created")
-
-def unregister(id):
-    with locked(SHARED):
-        forget(id)
 
 def write_config(container, status, **more):
     """config.json: what later commands need to know of it."""
-    write_file(f"{container.directory}/config.json", {
-        "id": container.id, "name": container.name, "image": f"{container.image.name}:{container.image.version}",
-        "file": container.image.file, "arguments": container.arguments, "environment": container.environment,
-        "user": container.user, "working_directory": container.working_directory, "address": container.address,
-        "cgroups": container.cgroups, "status": status, **more})
+    plain = {key: value for key, value in vars(container).items()
+             if isinstance(value, (str, int, list, dict, type(None))) and key != "devices"}
+    image = f"{container.image.name}:{container.image.version}"
+    write_file(f"{container.directory}/config.json", {**plain, "image": image, "status": status, **more})
 
 def all_containers():
     """Every container's config.json."""
     found = []
     for id in os.listdir(store("containers")) if os.path.isdir(store("containers")) else ():
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError), open(store("containers", id, "config.json")) as file:
+        with contextlib.suppress(OSError, ValueError), open(store("containers", id, "config.json")) as file:
             found.append(json.load(file))
     return found
 
-def delete_directory(directory, remove, host_mounts, address=None):
-    """Unmount what was mounted on the host's own table; with --rm the container is forgotten."""
-    import shutil
-
-    if host_mounts:
-        with contextlib.suppress(MockerError):
-            unmount(f"{directory}/rootfs")
-    if remove:
+def delete_directory(directory):
+    if not os.path.ismount(f"{directory}/rootfs"):  # it would empty the volumes
         shutil.rmtree(directory, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(directory))
+        remove_empty(os.path.dirname(directory))
 
-# ── The process ────────────────────────────────────────────────────────────────────────────────────
+# ── Its first process ──────────────────────────────────────────────────────────────────────────────
 
-class Streams:
-    """stdin, stdout and stderr of the container, as pipes or as a terminal, and a pipe for bad news."""
-
-    def __init__(self, container):
-        self.terminal = container.terminal
-        self.failure, self.report_end = os.pipe()
-        self.inner, self.outputs, self.stdin = [None, None, None], {}, None
-        self.source = 0 if self.wants_stdin(container.interactive) else None
-        if self.terminal:
-            import socket
-
-            self.outer_socket, self.inner_socket = socket.socketpair()  # the terminal is made inside
-            return
-        for stream in 1, 2:
-            reader, self.inner[stream] = os.pipe()
-            self.outputs[reader] = stream
-        if self.source is not None:
-            self.inner[0], self.stdin = os.pipe()
-            os.set_blocking(self.stdin, False)
-
-    def wants_stdin(self, interactive):
-        """With -i, whatever it is; without, a pipe or a file is passed on, and a terminal left alone."""
-        try:
-            device = stat.S_ISCHR(os.fstat(0).st_mode)
-        except OSError:  # closed, as cron may leave it
-            return False
-        if interactive and self.terminal and not os.isatty(0):
-            raise MockerError("the input device is not a TTY: leave out -t")
-        return interactive or not device
-
-    def close_inner(self):
-        """The parent keeps only its own ends, or it would never see the others close."""
-        for descriptor in [self.report_end, *filter(None, self.inner)]:
-            os.close(descriptor)
-        if self.terminal:
-            self.inner_socket.close()
-
-    def report(self, message, status):
-        os.write(self.report_end, json.dumps({"message": message, "status": status}).encode())
-
-    def take(self, *keep):
-        """In the child: they become its 0, 1 and 2, and what else it inherited is closed. A directory of the
-        host that stayed open would be a way out: /proc/self/fd/13 (CVE-2024-21626)."""
-        story.output = os.dup(story.output)
-        for stream in 0, 1, 2:
-            os.dup2(os.open("/dev/null", os.O_RDWR) if self.inner[stream] is None else self.inner[stream], stream)
-        keep = {0, 1, 2, self.report_end, story.output, story.stepping, *keep}
-        keep.add(self.inner_socket.fileno() if self.terminal else None)
-        for descriptor in sorted(set(map(int, os.listdir("/proc/self/fd"))) - keep):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-
-    def open_terminal(self):
-        """A pair of devices from the container's own devpts (man 4 pts); its master end goes to mocker."""
-        import socket
-
-        master, slave = os.openpty()
-        fcntl.ioctl(slave, 0x540E, 0)  # TIOCSCTTY: the controlling terminal, whose Ctrl-C is a signal
-        os.close(os.open("/dev/console", os.O_CREAT | os.O_WRONLY, 0o600))
-        mount(os.ttyname(slave), "/dev/console", "", MS_BIND)
-        socket.send_fds(self.inner_socket, [b"pty"], [master])
-        os.close(master)
-        for stream in 0, 1, 2:
-            os.dup2(slave, stream)
-
-    def receive_terminal(self):
-        """The master end; None if the container failed before it made one."""
-        import socket
-
-        _, descriptors, _, _ = socket.recv_fds(self.outer_socket, 10, 1)
-        self.outer_socket.close()
-        if not descriptors:
-            return None
-        self.outputs = {descriptors[0]: 1}
-        self.stdin = os.dup(descriptors[0]) if self.source is not None else None
-        return descriptors[0]
-
-@step
-def start(container, undo):
+@step()
+def start(container):
     """Fork: the first process of a new pid namespace
 
     unshare(2) with CLONE_NEWPID does not move us; it makes our next child number 1 of a new
@@ -2643,42 +2199,64 @@ def start(container, undo):
     See man 7 pid_namespaces. Look: ps -ef --forest
     """
     write_etc(container)
-    streams = Streams(container)
-    mocker = os.getpid()
+    container.wire, inner = socket.socketpair()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # the child must not run our handlers
-    with coming_back("pid_for_children", CLONE_NEWPID):
+    with coming_back("pid_for_children", CLONE_NEWPID), inner:
         if "pid" in container.parts:
             unshare(CLONE_NEWPID, ["pid", "fork"])
-        pid = os.fork()
-        if pid == 0:
-            go_inside(container, streams, mocker)
-    container.pid = pid
-    undo.callback(end_process, container)
-    streams.close_inner()
-    return streams
+        container.pid = fork(go_inside, container, inner, os.getpid())
 
-def go_inside(container, streams, mocker):
-    """In the child. What goes wrong is reported through a pipe, which exec closes."""
-    import traceback
+def fork(function, *arguments):
+    """A child that does this and nothing else. → its pid"""
+    pid = os.fork()
+    if pid == 0:
+        status = 125
+        try:
+            status = guarded(function, *arguments)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(status)
+    return pid
 
-    try:
-        die_with(mocker)
-        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.setsid()
-        container.streams = streams
-        streams.take(container.netns)
+def go_inside(container, wire, mocker):
+    die_with(mocker)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.setsid()
+    container.wire, story.output = wire, os.dup(story.output)
+    close_inherited({wire.fileno(), story.output, story.stepping, container.netns})
+    with explained(OSError, "{}: something in the image is in the way"):
         inside(container)
-    except MockerError as error:
-        streams.report(str(error), error.status)
-    except OSError as error:
-        streams.report(f"{error.filename or 'the image'}: {error.strerror}: something in the image is in the way", 125)
-    except BaseException:
-        emit(traceback.format_exc())
-        streams.report("a bug: please report it", 125)
-    finally:
-        os._exit(125)
+
+def close_inherited(keep):
+    """A directory of the host that stayed open would be a way out: /proc/self/fd/13 (CVE-2024-21626)."""
+    for stream in 0, 1, 2:
+        os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+    for descriptor in set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2} - keep:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+def open_streams(container):
+    """stdin, stdout and stderr: pipes, or with -t a terminal of the container's own devpts (man 4 pts).
+    mocker gets the other ends, as open files through a socket (man 7 unix, SCM_RIGHTS)."""
+    if container.terminal:
+        outer, slave = os.openpty()
+        fcntl.ioctl(slave, 0x540E, 0)  # TIOCSCTTY: the controlling terminal, whose Ctrl-C is a signal
+        os.close(os.open("/dev/console", os.O_CREAT | os.O_WRONLY, 0o600))
+        mount(os.ttyname(slave), "/dev/console", "", MS_BIND)
+        inner, outer = [slave, slave, slave], [outer]
+    else:
+        (stdout, out), (stderr, err), (keys, stdin) = os.pipe(), os.pipe(), os.pipe()
+        nothing = os.open("/dev/null", os.O_RDWR)  # the container's own, not the host's
+        inner, outer = [keys if container.takes_stdin else nothing, out, err], [stdout, stderr, stdin]
+    socket.send_fds(container.wire, [b"streams"], outer)
+    for number, stream in enumerate(inner):
+        os.dup2(stream, number)
+    for descriptor in outer:
+        os.close(descriptor)
+    container.wire.close()
 
 def enter_working_directory(container):
     """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else."""
@@ -2687,7 +2265,7 @@ def enter_working_directory(container):
     if container.read_only:
         mount("none", "/", "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY)
 
-@step
+@step()
 def execute(container):
     """Exec: become the program of the image
 
@@ -2695,83 +2273,93 @@ def execute(container):
     process has been in the container for a while; now the last thing of the host, Python, is gone.
     See man 2 execve. Look: cat /proc/PID/cmdline
     """
-    program = find_program(container.arguments[0], container.environment["PATH"])
-    say(f'Running "{" ".join(container.arguments)}"')
-    for name, value in container.environment.items():
-        say(f"Setting ENV {name}={value}")
+    name, path = container.arguments[0], container.environment.get("PATH")
+    places = [os.path.join(folder or ".", name) for folder in path.split(":")] if path else []
+    found = [place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)]
     try:
-        os.execve(program, container.arguments, container.environment)
-    except OSError as error:
-        status = 127 if error.errno == errno.ENOENT else 126
-        raise MockerError(f'exec "{program}": {error.strerror}: it has no interpreter here, or is for another machine', status) from None
+        if "/" not in name and not found:
+            raise FileNotFoundError(errno.ENOENT, "not found in $PATH")
+        say(f'Running "{" ".join(container.arguments)}"')
+        for variable, value in container.environment.items():
+            say(f"Setting ENV {variable}={value}")
+        os.execve(name if "/" in name else found[0], container.arguments, container.environment)
+    except OSError as error:  # as a shell: 127 if it, or its interpreter, is not there; 126 if it can't be run
+        raise MockerError(f'exec "{name}": {error.strerror}: look into the image, or give another command',
+                          127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126) from None
 
-def find_program(name, path):
-    """As execvp(3) would, within the image. 127 if there is none, 126 if it can't be run, as docker."""
-    if "/" not in name:
-        for folder in path.split(":"):
-            place = os.path.join(folder or ".", name)
-            if os.path.isfile(place) and os.access(place, os.X_OK):
-                return place
-        raise MockerError(f'exec: "{name}": executable file not found in $PATH: look into the image, or give another command', 127)
-    if not os.path.exists(name):
-        raise MockerError(f'exec: "{name}": no such file or directory: look into the image, or give another command', 127)
-    if not os.path.isfile(name) or not os.access(name, os.X_OK):
-        raise MockerError(f'exec: "{name}": permission denied: it is a directory, or not executable', 126)
-    return name
+# ── Its parent: streams, signals, the end ──────────────────────────────────────────────────────────
 
-# ── The parent: streams, signals, the end ──────────────────────────────────────────────────────────
-
-FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
-             signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
-
-def attend(container, streams):
-    """Copy output, pass signals on, wait. → exit status, 128+N for signal N."""
-    terminal = streams.receive_terminal() if streams.terminal else None
-    forward_signals(container.pid, terminal)
-    write_config(container, "running", pid=container.pid)
-    with raw_terminal(terminal, streams.source):
-        copy_streams(streams, open_copies(container), container.pid)
-    ignore_signals()  # once it is reaped, its number may be another's
-    with open(streams.failure, "rb") as file:
-        failure = file.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
-    container.pid = None
-    if failure:
-        bad_news = json.loads(failure)
-        raise MockerError(bad_news["message"], bad_news["status"])
+def attend(container):
+    """Copy its output, pass signals on, wait. → exit status, 128+N for signal N."""
+    handle = os.pidfd_open(container.pid)
+    try:
+        write_config(container, "running")
+        streams = socket.recv_fds(container.wire, 10, 3)[1]  # none, if it failed before it made them
+        terminal = streams[0] if len(streams) == 1 else None
+        with raw_terminal(terminal if container.takes_stdin else None):
+            outputs = start_relays(container, streams)
+            forward_signals(handle, terminal)
+            status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
+            for directory in container.cgroups:  # without a pid namespace, its children are still there
+                end_members(directory)
+            for thread in outputs:
+                thread.join()
+    except BaseException:  # a fault or a signal: it must not go on without us
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            os.waitpid(container.pid, 0)
+        raise
     status = status if status >= 0 else 128 - status
     write_config(container, "exited", exit_code=status)
     return status
 
-def forward_signals(pid, terminal):
+def start_relays(container, streams):
+    """A thread for each direction. → those of the outputs: stdin may wait for a key forever."""
+    outputs, copies = streams[:2], open_copies(container)
+    stdin = streams[2:] or [os.dup(terminal) for terminal in streams]
+    ways = [(source, target, copies) for source, target in zip(outputs, (1, 2))]
+    ways += [(os.dup(0), target, ()) for target in stdin if container.takes_stdin]
+    threads = [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
+    for thread in threads:
+        thread.start()
+    return threads[: len(outputs)]
+
+def relay(source, target, copies=()):
+    """Copy until there is no more, or nobody reads any more; closing both ends tells the others."""
+    with contextlib.suppress(OSError):  # EPIPE, or EIO from a terminal whose other side is gone
+        while data := os.read(source, 1 << 16):
+            for copy in copies:
+                with contextlib.suppress(OSError):  # a full disk must not stop the container
+                    os.write(copy, data)
+            write_all(target, data)
+    os.close(source)
+    if target > 2:
+        os.close(target)
+
+def write_all(target, data):
+    """Also where another program has made our stdout non-blocking."""
+    while data:
+        try:
+            data = data[os.write(target, data) :]
+        except BlockingIOError:
+            select.select([], [target], [])
+
+def forward_signals(handle, terminal):
     """What reaches mocker goes on to number 1. That ignores what it has no handler for; the third
     SIGINT or SIGTERM therefore is SIGKILL (man 7 pid_namespaces, "Signals")."""
     urgent = []
 
     def forward(number, frame):
-        if number == signal.SIGWINCH:
-            return copy_window_size(terminal)
+        copy_window_size(terminal)
         if number in (signal.SIGINT, signal.SIGTERM):
             urgent.append(number)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL if len(urgent) > 2 else number)
+            signal.pidfd_send_signal(handle, signal.SIGKILL if len(urgent) > 2 else number)
 
     for number in FORWARDED:
         signal.signal(number, forward)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     copy_window_size(terminal)
-
-def ignore_signals():
-    for number in FORWARDED:
-        signal.signal(number, signal.SIG_IGN)
-
-@contextlib.contextmanager
-def undisturbed_end():
-    """However it ends: what is undone then is undone whole, whatever signal comes."""
-    try:
-        yield
-    finally:
-        ignore_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # the threads keep them blocked: they come to us
 
 def copy_window_size(terminal):
     """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""
@@ -2781,20 +2369,17 @@ def copy_window_size(terminal):
             fcntl.ioctl(terminal, TIOCSWINSZ, fcntl.ioctl(0, TIOCGWINSZ, bytes(8)))
 
 @contextlib.contextmanager
-def raw_terminal(terminal, source):
+def raw_terminal(terminal):
     """Keys go through as they are, Ctrl-C too: the container's own terminal interprets them."""
-    if terminal is None or source is None or not os.isatty(source):
+    if terminal is None:
         yield
         return
-    import termios
-    import tty
-
-    before = termios.tcgetattr(source)
+    before = termios.tcgetattr(0)
     try:
-        tty.setraw(source)
+        tty.setraw(0)
         yield
     finally:
-        termios.tcsetattr(source, termios.TCSADRAIN, before)
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 def open_copies(container):
     """Where output goes besides our own: the container's log, and /tmp/stdout, as ever.
@@ -2805,101 +2390,15 @@ def open_copies(container):
     copies = [os.open(f"{container.directory}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)]
     mine = f"/tmp/.stdout_{os.urandom(8).hex()}"
     try:
-        handle = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        copies.append(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644))
+        os.rename(mine, "/tmp/stdout")
     except OSError as error:
         say(f"/tmp/stdout can't be written: {error.strerror}")
-        return copies
-    try:
-        os.rename(mine, "/tmp/stdout")
-        copies.append(handle)
-    except OSError as error:
-        os.unlink(mine)
-        os.close(handle)
-        say(f"/tmp/stdout can't be replaced: {error.strerror}; remove it")
+        with contextlib.suppress(OSError):
+            os.unlink(mine)
     return copies
 
-def copy_streams(streams, copies, pid):
-    """Until the process has ended and its outputs are drained. What is slow makes the container wait."""
-    import select
-
-    poller = select.poll()
-    ended = os.pidfd_open(pid)
-    watched = {ended, *streams.outputs}
-    for descriptor in watched | ({streams.source} if streams.stdin is not None else set()):
-        poller.register(descriptor, select.POLLIN)
-    pending = b""
-    while watched:
-        for descriptor, _ in poller.poll():
-            if descriptor in watched:
-                if descriptor == ended or not copy_output(descriptor, streams.outputs[descriptor], copies):
-                    poller.unregister(descriptor)
-                    watched.remove(descriptor)
-                    os.close(descriptor)
-            elif descriptor == streams.source:
-                pending = read_some(streams.source)
-                poller.unregister(streams.source)
-                if pending:
-                    poller.register(streams.stdin, select.POLLOUT)
-                else:
-                    os.close(streams.stdin)  # the container reads to the end, too
-            else:
-                pending = write_some(streams.stdin, pending)
-                if not pending:
-                    poller.unregister(streams.stdin)
-                if pending == b"":
-                    poller.register(streams.source, select.POLLIN)
-
-def copy_output(source, destination, copies):
-    """One piece, as it is, to our own stdout or stderr and to the copies. False at the end."""
-    data = read_some(source)
-    for copy in copies if data else ():
-        with contextlib.suppress(OSError):  # a full disk must not stop the container
-            os.write(copy, data)
-    return bool(data) and write_all(destination, data)
-
-def read_some(descriptor):
-    """Up to 64 KiB, or nothing at the end; a terminal whose other side is gone says EIO."""
-    try:
-        return os.read(descriptor, 1 << 16)
-    except BlockingIOError:
-        return b""
-    except OSError as error:
-        if error.errno not in (errno.EIO, errno.EBADF):
-            raise
-        return b""
-
-def write_some(descriptor, data):
-    """→ what is left to write; None if nobody reads any more."""
-    try:
-        return data[os.write(descriptor, data) :]
-    except BlockingIOError:
-        return data
-    except OSError:
-        return None
-
-def write_all(descriptor, data):
-    """False if nobody reads any more: our reading end is closed then, and the container learns of it."""
-    import select
-
-    while data:
-        left = write_some(descriptor, data)
-        if left is None:
-            return False
-        if left == data:
-            select.select([], [descriptor], [])
-        data = left
-    return True
-
-def end_process(container):
-    """If it still runs, a fault or a signal brought us here."""
-    if container.pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(container.pid, signal.SIGKILL)
-        os.waitpid(container.pid, 0)
-
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  serve: the protocol's other side
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+# ═══ serve: the protocol's other side ════════════════════════════════════════════════════════════
 
 def serve(arguments):
     """Be a registry, read-only, for the images that are here: for a class behind one address.
@@ -2913,119 +2412,93 @@ def serve(arguments):
       --port=N          [default: 5000]
       --listen=ADDRESS  who may ask: 127.0.0.1 only this machine, 0.0.0.0 anyone [default: 127.0.0.1]
     """
-    import threading
-
-    if not re.fullmatch("[0-9]{1,5}", arguments["--port"]) or int(arguments["--port"]) > 65534:
-        raise MockerError(f"invalid port '{arguments['--port']}': write a number up to 65534, the next one is used, too")
-    port = int(arguments["--port"])
-    try:
-        cdn = make_server(arguments["--listen"], port and port + 1, serve_blob)
-        registry = make_server(arguments["--listen"], port, serve_registry)
-    except OSError as error:
-        raise MockerError(f"can't listen on {arguments['--listen']}:{port}: {error.strerror}; choose another with --port") from None
+    address, port = arguments["--listen"], arguments["--port"]
+    check(re.fullmatch("[0-9]{1,5}", port) and int(port) < 65535,
+          f"invalid port '{port}': write a number up to 65534, the next one is used, too")
+    with explained(OSError, f"can't listen on {address}:{port}: {{}}; choose another with --port"):
+        cdn = make_server(address, int(port) and int(port) + 1, serve_blob)
+        registry = make_server(address, int(port), serve_registry)
     registry.cdn_port = cdn.server_port
     registry.key = cdn.key = os.urandom(16)
-    say(f"Serving {len(all_images())} images: MOCKER_HUB=http://{arguments['--listen']}:{registry.server_port} mocker pull …")
+    say(f"Serving {len(all_images())} images: MOCKER_HUB=http://{address}:{registry.server_port} mocker pull …")
     threading.Thread(target=cdn.serve_forever, daemon=True).start()
     registry.serve_forever()
 
 def make_server(address, port, answer):
     """A threaded HTTP/1.1 server whose GET and HEAD are answer(request, path, query)."""
-    import http.server
-    from urllib.parse import parse_qs, urlsplit
-
-    class Request(http.server.BaseHTTPRequestHandler):
+    class Request(http_server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            url = urlsplit(self.path)
-            answer(self, url.path, {key: values[0] for key, values in parse_qs(url.query).items()})
+            asked = url.urlsplit(self.path)
+            with contextlib.suppress(ConnectionError):  # a client that hangs up is no news
+                answer(self, asked.path, dict(url.parse_qsl(asked.query)))
 
         do_HEAD = do_GET
 
         def log_message(self, text, *values):
             say(f"{self.client_address[0]} {self.requestline.partition('?')[0]}")
 
-    class Server(http.server.ThreadingHTTPServer):
-        def handle_error(self, request, client_address):
-            """A client that hangs up, or never spoke HTTP, is no news."""
-            if not isinstance(sys.exc_info()[1], (ConnectionError, UnicodeError)):
-                sys.excepthook(*sys.exc_info())
+    return http_server.ThreadingHTTPServer((address, port), Request)
 
-    return Server((address, port), Request)
-
-def reply(request, status, body=b"", **headers):
-    """Status, headers and, unless it is a HEAD, the body."""
+def reply(request, status, body=b"", kind="application/json", size=None, **headers):
+    """Status, headers and, unless it is a HEAD, the body: a document, bytes, or an open file."""
+    body = json.dumps(body).encode() if isinstance(body, dict) else body
     request.send_response(status)
-    for name, value in headers.items():
+    for name, value in {"Content_Type": kind, "Content_Length": len(body) if size is None else size, **headers}.items():
         request.send_header(name.replace("_", "-"), value)
-    request.send_header("Content-Length", len(body))
     request.end_headers()
     if request.command != "HEAD":
-        request.wfile.write(body)
+        request.wfile.write(body) if size is None else shutil.copyfileobj(body, request.wfile)
 
 def refuse(request, status, code, **headers):
     """The error document of the distribution spec."""
-    reply(request, status, json.dumps({"errors": [{"code": code, "message": code.lower()}]}).encode(),
-          Content_Type="application/json", **headers)
+    reply(request, status, {"errors": [{"code": code, "message": code.lower()}]}, **headers)
 
 def sign(server, text):
     """A signature that only we can make: no path but the one that we gave out opens a blob."""
-    import hmac
-
     return hmac.new(server.key, text.encode(), "sha256").hexdigest()
 
 def serve_registry(request, path, query):
     """/token gives a token; /v2/… wants it, serves manifests, and sends blobs to the CDN."""
     server, host = request.server, request.headers.get("Host", "localhost")
     if path == "/token":
-        token = sign(server, query.get("scope", ""))
-        return reply(request, 200, json.dumps({"token": token, "expires_in": 300}).encode(), Content_Type="application/json")
+        return reply(request, 200, {"token": sign(server, query.get("scope", "")), "expires_in": 300})
     found = re.fullmatch(r"/v2/(.+)/(manifests|blobs)/([^/]+)", path)
     scope = f"repository:{found[1]}:pull" if found else ""
     if request.headers.get("Authorization") != f"Bearer {sign(server, scope)}":
         challenge = f'Bearer realm="http://{host}/token",service="mocker"' + (f',scope="{scope}"' if scope else "")
-        return refuse(request, 401, "UNAUTHORIZED", WWW_Authenticate=challenge, Docker_Distribution_Api_Version="registry/2.0")
+        more = {"WWW_Authenticate": challenge, "Docker_Distribution_Api_Version": "registry/2.0"}
+        return refuse(request, 401, "UNAUTHORIZED", **more)
     if not found:
-        return reply(request, 200 if path == "/v2/" else 404, b"{}", Content_Type="application/json")
-    images = [image for image in all_images() if found[1] in (image.name, image.name.partition("/")[2])]
+        return reply(request, 200 if path == "/v2/" else 404, {})
+    images, name = [image for image in all_images() if found[1] in (image.name, image.name.partition("/")[2])], found[3]
     if found[2] == "manifests":
         for image in images:
-            if found[3] in (image.version, image.stored["digest"]):
-                digest = found[3] if DIGEST.fullmatch(found[3]) else image.stored["digest"]  # also that of its index
+            if name in (image.version, image.stored["digest"]):
+                digest = name if DIGEST.fullmatch(name) else image.stored["digest"]  # also that of its index
                 raw = read_blob(digest)
-                kind = parse_json(raw, digest).get("mediaType") or image.stored["mediaType"]
-                return reply(request, 200, raw, Content_Type=kind, Docker_Content_Digest=digest)
+                kind = json.loads(raw).get("mediaType") or image.stored["mediaType"]
+                return reply(request, 200, raw, kind, Docker_Content_Digest=digest)
         return refuse(request, 404, "MANIFEST_UNKNOWN")
-    blobs = {blob["digest"] for image in images for blob in [image.manifest["config"], *image.manifest["layers"]]}
-    if found[3] not in blobs:
+    if not any(name == blob["digest"] for image in images for blob in image.blobs):
         return refuse(request, 404, "BLOB_UNKNOWN")
-    place = f"http://{host.rpartition(':')[0] or host}:{server.cdn_port}/{found[3]}?Signature={sign(server, found[3])}"
+    place = f"http://{host.rpartition(':')[0] or host}:{server.cdn_port}/{name}?Signature={sign(server, name)}"
     return reply(request, 307, Location=place)
 
 def serve_blob(request, path, query):
     """The CDN: whoever has a signed address gets the blob, or the rest of it from a Range on."""
-    import shutil
-
     digest = path[1:]
     if query.get("Signature") != sign(request.server, digest):
         return refuse(request, 403, "DENIED")
     with open(blob_path(digest), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         wanted = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
-        start = min(int(wanted[1]), size) if wanted else 0
+        start = file.seek(min(int(wanted[1]), size) if wanted else 0)
         partial = {"Content_Range": f"bytes {start}-{size - 1}/{size}"} if wanted else {}
-        request.send_response(206 if wanted else 200)
-        for name, value in {"Content_Length": size - start, "Content_Type": "application/octet-stream", **partial}.items():
-            request.send_header(name.replace("_", "-"), value)
-        request.end_headers()
-        file.seek(start)
-        if request.command != "HEAD":
-            shutil.copyfileobj(file, request.wfile)
+        return reply(request, 206 if wanted else 200, file, "application/octet-stream", size - start, **partial)
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  Life after run
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+# ═══ Life after run ══════════════════════════════════════════════════════════════════════════════
 
 def clean(arguments):
     """Undo whatever outlived a run: leftovers of killed mockers, unfinished pulls.
@@ -3037,20 +2510,15 @@ def clean(arguments):
       --containers  also remove the directories of containers that have ended
     """
     need_root("clean")
-    with partial_directory():
-        pass
-    with locked(SHARED):
-        if not running_containers():
-            restore_host()
-    running = running_containers()
+    with partial_directory(), locked(JOURNALS):
+        if not journals():
+            HOST.undo()
     for container in all_containers() if arguments["--containers"] else ():
-        if container["id"] not in running:
-            delete_directory(store("containers", container["id"]), True, False)
+        if container["id"] not in journals():
+            delete_directory(store("containers", container["id"]))
             say(f"removed {container['name']}")
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#  main: from a command's name to its function
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
+# ═══ main: from a command's name to its function ═════════════════════════════════════════════════
 
 COMMANDS = {
     "pull": pull,
@@ -3067,8 +2535,6 @@ def usage_of(function):
 
 def parse_arguments(argv):
     """→ (the command's function, docopt's dict), or SystemExit once what was asked for is printed."""
-    from docopt import DocoptExit, docopt
-
     usage = __doc__[__doc__.index("Usage:") : __doc__.index("\n\nTry")]
     if argv[:1] in (["help"], ["-h"], ["--help"]):
         raise SystemExit(print(__doc__[__doc__.index("Usage:") :].strip()))
@@ -3081,8 +2547,9 @@ def parse_arguments(argv):
         # docopt stops at the first word that is no option, so that `ls -l` can follow `run busybox`;
         # the command's own name must not be that word.
         usage = usage_of(function)
-        with contextlib.suppress(DocoptExit):
-            return function, docopt(usage.replace(f"mocker {argv[0]}", "mocker"), argv[1:], False, options_first=function is run)
+        plain = usage.replace(f"mocker {argv[0]}", "mocker")
+        with contextlib.suppress(docopt.DocoptExit):
+            return function, docopt.docopt(plain, argv[1:], False, options_first=function is run)
         usage = usage[usage.index("Usage:") :]
     print(usage, file=sys.stderr)
     raise SystemExit(125 if argv else 1)
@@ -3091,33 +2558,40 @@ def interrupted(number, frame):
     """Ctrl-C or SIGTERM before the container runs: undo what was done so far, then end."""
     raise MockerError(f"stopped by {signal.Signals(number).name}; nothing is left behind", status=128 + number)
 
-def main(argv):
-    """Run the command; what the user can mend becomes one line. → exit status"""
-    if argv[:1] == ["run"] and sys.platform == "linux":
-        seal_interpreter(argv)
-    function, arguments = parse_arguments(argv)
-    story.level = QUIET if arguments.get("--quiet") else EXPLAIN if arguments.get("--explain") or arguments.get("--step") else PLAIN
-    use_colours()
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, interrupted)
+def guarded(function, *arguments):
+    """What the user can mend becomes one line; what is a bug keeps its traceback. → exit status"""
     try:
-        if arguments.get("--step"):
-            open_pacing_terminal()
-        sweep()
-        return function(arguments)
+        return function(*arguments)
     except MockerError as error:
-        if str(error):
-            write_line(f"mocker: {error}", "error")
+        write_line(f"mocker: {error}", "error")
         return error.status
     except ModuleNotFoundError as error:
-        write_line(f"mocker: the Python package '{error.name}' is missing: pip install -r requirements.txt, and run it with that Python", "error")
+        write_line(f"mocker: the Python package '{error.name}' is missing: pip install -r requirements.txt, "
+                   "and run it with that Python", "error")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more at exit
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        write_line(f"mocker: {error.strerror}: {error.filename or HOME}: make room, or set MOCKER_HOME to another folder", "error")
+        write_line(f"mocker: {error.strerror}: {error.filename or HOME}: make room, or move MOCKER_HOME", "error")
     return 125
 
+def main():
+    argv = sys.argv[2:] if sys.argv[0] == "-c" else sys.argv[1:]  # by the first line, or by python3 mocker.py
+    if argv[:1] == ["run"] and sys.platform == "linux":
+        seal_interpreter(argv)
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # stdin, stdout or stderr was closed, as cron may do: nothing else may take its number
+    os.close(handle)
+    function, arguments = parse_arguments(argv)
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, interrupted)
+    sys.exit(guarded(execute_command, function, arguments))
+
+def execute_command(function, arguments):
+    set_story(arguments)
+    sweep()
+    return function(arguments)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

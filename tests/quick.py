@@ -58,6 +58,7 @@ def run(code, arguments, env, output):
         os.environ.update(env)
         sys.argv = [str(MOCKER), *arguments]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
+        main.__file__ = str(MOCKER)
         signal.alarm(SECONDS)
         exec(code, main.__dict__)
     except SystemExit as end:

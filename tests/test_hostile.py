@@ -1027,7 +1027,7 @@ def test_any_reference(text, tag):
     try:
         reference = program.Reference(text, tag)
     except program.MockerError as error:
-        assert error.status == 125 and len(str(error).splitlines()) <= max(1, len(text.splitlines()) + 1)
+        assert error.status == 125 and len(str(error).splitlines()) <= 1 + len(f"{text}:{tag}".splitlines())
         return
     again = program.Reference(str(reference))
     assert (again.host, again.repository, again.version) == (reference.host, reference.repository, reference.version)

@@ -77,7 +77,7 @@ LONG = "x" * 300
         (["--publish=256.1.1.1:80:80"], "256.1.1.1"),
         (["--volume=/etc:relative"], "relative"),
         (["--cap-add=CAP_"], "capability"),
-        *[([f"--env={value}"], "variable") for value in ["=x", "="]],
+        *[([f"--env={value}"], "--env") for value in ["=x", "="]],
         (["-v", f"/etc:/{LONG}"], "too long"),
         (["-v", f"/{LONG}:/x"], "too long"),
         (["-v", "/etc/passwd/x:/x"], "/etc/passwd/x"),
