@@ -2255,8 +2255,9 @@ def become_user(container):
     user = User(container.user)
     container.environment.setdefault("HOME", user.home)
     for stream in 0, 1, 2:
-        with contextlib.suppress(OSError):
-            os.fchown(stream, user.uid, user.gid)  # so that /dev/stdout can be opened again
+        if os.fstat(stream).st_rdev != os.makedev(1, 3):  # never /dev/null, which others have, too
+            with contextlib.suppress(OSError):
+                os.fchown(stream, user.uid, -1)  # so that /dev/stdout can be opened again; a terminal's group stays tty
     if "user" in container.parts:
         tell(f"setpriv --reuid {user.uid} --regid {user.gid} --groups {','.join(map(str, user.groups)) or 'none'}")
         os.setgroups(user.groups)
