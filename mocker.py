@@ -1554,11 +1554,29 @@ def take_along(container):
     See man 2 open_tree.
     """
     devices = os.listdir("/dev") if container.privileged else DEVICES
-    parcels = [(f"/dev/{name}", f"/dev/{name}", False) for name in devices
-               if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")]
+    devices = [name for name in devices if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")]
+    nodes = f"{container.directory}/devices"
+    os.mkdir(nodes)
+    # Nodes of its own: were the host's bound, a chmod in the container would change them for everybody.
+    mount("tmpfs", nodes, "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k")
+    for name in devices:
+        copy_device(f"/dev/{name}", f"{nodes}/{name}", container.privileged)
+    parcels = [(f"{nodes}/{name}", f"/dev/{name}", False) for name in devices]
     parcels += [(f"{container.directory}/{name}", f"/etc/{name}", container.read_only) for name in ETC_FILES]
-    return [(call("open_tree", AT_FDCWD, source, OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC, what=source), source, *rest)
-            for source, *rest in parcels + container.volumes]
+    taken = [(call("open_tree", AT_FDCWD, source, OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC, what=source), source, *rest)
+             for source, *rest in parcels + container.volumes]
+    unmount(nodes)
+    os.rmdir(nodes)
+    return taken
+
+def copy_device(source, target, as_it_is):
+    """A node of the same kind and number; for everybody, or with the mode and owner of the host's."""
+    like = os.stat(source)
+    tell(f"cp -a {source} {target}")
+    os.mknod(target, like.st_mode, like.st_rdev)
+    os.chmod(target, stat.S_IMODE(like.st_mode) if as_it_is else 0o666)
+    if as_it_is:
+        os.chown(target, like.st_uid, like.st_gid)
 
 @step
 def enter_root(container):
