@@ -2447,14 +2447,17 @@ def command_line(config, entrypoint, command):
     return line
 
 def environment(config, given, hostname, terminal):
-    """The image's variables, with those of -e over them."""
+    """Those of -e, then the image's others, over the defaults; a name without a value takes one away, as in docker."""
     variables = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, **({"TERM": "xterm"} if terminal else {})}
-    for text in (config.get("Env") or []) + [text if "=" in text else f"{text}={os.environ[text]}"
-                                             for text in given if "=" in text or text in os.environ]:
-        name, _, value = text.partition("=")
+    given = [f"{text}={os.environ[text]}" if text in os.environ else text for text in given]
+    replaced = {text.partition("=")[0] for text in given}
+    for text in given + [text for text in config.get("Env") or [] if text.partition("=")[0] not in replaced]:
+        name, has_value, value = text.partition("=")
         if not name:
             raise MockerError(f"invalid variable '{text}': write NAME=VALUE, or NAME to take it from here")
         variables[name] = value
+        if not has_value:
+            del variables[name]
     return variables
 
 def absolute(path, what):
