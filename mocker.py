@@ -2271,7 +2271,7 @@ def become_user(container):
     See man 7 credentials. Look: ps -o user,pid,args
     """
     user = User(container.user)
-    container.environment.setdefault("HOME", user.home)
+    container.environment["HOME"] = container.environment.get("HOME") or user.home
     for stream in 0, 1, 2:
         if os.fstat(stream).st_rdev != os.makedev(1, 3):  # never /dev/null, which others have, too
             with contextlib.suppress(OSError):
