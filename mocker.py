@@ -2717,7 +2717,7 @@ def execute(container):
     process has been in the container for a while; now the last thing of the host, Python, is gone.
     See man 2 execve. Look: cat /proc/PID/cmdline
     """
-    program = find_program(container.arguments[0], container.environment["PATH"])
+    program = find_program(container.arguments[0], container.environment.get("PATH"))
     say(f'Running "{" ".join(container.arguments)}"')
     for name, value in container.environment.items():
         say(f"Setting ENV {name}={value}")
@@ -2730,14 +2730,18 @@ def execute(container):
 def find_program(name, path):
     """As execvp(3) would, within the image. 127 if there is none, 126 if it can't be run, as docker."""
     if "/" not in name:
-        for folder in path.split(":"):
+        for folder in path.split(":") if path else []:
             place = os.path.join(folder or ".", name)
             if os.path.isfile(place) and os.access(place, os.X_OK):
                 return place
         raise MockerError(f'exec: "{name}": executable file not found in $PATH: look into the image, or give another command', 127)
-    if not os.path.exists(name):
-        raise MockerError(f'exec: "{name}": no such file or directory: look into the image, or give another command', 127)
-    if not os.path.isfile(name) or not os.access(name, os.X_OK):
+    try:
+        found = os.stat(name)
+    except PermissionError:
+        raise MockerError(f'exec: "{name}": permission denied: its user may not look into that directory', 126) from None
+    except OSError:
+        raise MockerError(f'exec: "{name}": no such file or directory: look into the image, or give another command', 127) from None
+    if not stat.S_ISREG(found.st_mode) or not os.access(name, os.X_OK):
         raise MockerError(f'exec: "{name}": permission denied: it is a directory, or not executable', 126)
     return name
 
