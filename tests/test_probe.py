@@ -2,17 +2,17 @@
 what the README's table "Against Docker, measured" names. And on cgroup v2, in another kernel."""
 
 import contextlib
-import functools
-import gzip
 import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import fake
 import images
@@ -28,13 +28,27 @@ pytestmark = [
 ]
 TESTS = Path(__file__).resolve().parent
 README = TESTS.parent / "README.md"
-PROBE = (TESTS / "probe.py").read_text()
 
-# ---- the two engines, with the same images -------------------------------------------------------
+# The probe runs with each of these options.
+SETTINGS = {
+    "default": [],
+    "-t": ["-t"],
+    "-u name": ["-u", "nobody"],
+    "-u uid:gid": ["-u", "1234:5678"],
+    "--read-only": ["--read-only"],
+    "--network=none": ["--network=none"],
+    "capabilities": ["--cap-drop=ALL", "--cap-add=NET_ADMIN", "--cap-add=SYS_CHROOT"],
+    "-e -w --hostname": ["-e", "HOME=/x", "-w", "/new/place", "--hostname", "box"],
+}
+# A new network namespace has the host's, which others may change between two runs.
+LEFT_OUT = {"sysctl.net/ipv4/ip_forward", "sysctl.net/ipv4/conf/all/forwarding"}
+
+# ---- images that start in all ways; label: (the image's config, options, command) -----------------
 
 SHOW = b"""#!/bin/busybox sh
 b=/bin/busybox
-for file in cmdline environ; do $b tr '\\0' '\\n' </proc/$$/$file; echo --; done
+$b tr '\\0' '\\n' </proc/$$/cmdline
+$b tr '\\0' '\\n' </proc/$$/environ | $b sort     # the order of several -e is chance in Docker
 $b pwd; $b stat -c '%a %u:%g' .; $b id; echo "pid $$"
 exit ${STATUS:-0}
 """
@@ -66,7 +80,6 @@ def sh(script):
     return {"Cmd": ["sh", "-c", script]}
 
 
-# label: (the image's config, options, command)
 STARTS = {
     "only a Cmd": ({"Cmd": ["/show", "a b", "", "$HOME"]}, [], []),
     "only an Entrypoint": ({"Entrypoint": ["/show", "x"]}, [], []),
@@ -101,7 +114,9 @@ STARTS = {
     "Env twice": ({**S, "Env": ["A=1", "B=2", "A=3"]}, [], []),
     "Env odd": ({**S, "Env": ["a.b=1", "ü=ö", "N=1\n2", "HOSTNAME=no", "TERM=dumb"]}, [], []),
     "Env sets HOME": ({**S, "Env": ["HOME=/elsewhere"], "User": "33"}, [], []),
-    "-e": ({**S, "Env": ["A=1", "B=2"]}, ["-e", "B=3", "-e", "C=", "-e", "GIVEN", "-e", "UNSET", "-e", "A"], []),
+    "no PATH": ({"Cmd": ["show"], "WorkingDir": "/opt/bin", "Env": ["PATH="]}, [], []),
+    "PATH taken away": ({"Cmd": ["show"], "Env": ["PATH"]}, [], []),
+    "-e": ({**S, "Env": ["A=1", "B=2", "Z=9"]}, ["-e", "B=3", "-e", "C=", "-e", "GIVEN", "-e", "UNSET", "-e", "A"], []),
     "-e of HOME and HOSTNAME": (S, ["-e", "HOME=/h", "-e", "HOSTNAME=other"], []),
     **{
         f"User {user}": ({**S, "User": user}, [], [])
@@ -118,8 +133,8 @@ STARTS = {
     "not executable for User": ({"Cmd": ["/owned/x"], "User": "nobody"}, [], []),
     "a directory": ({"Cmd": ["/opt"]}, [], []),
     "a file as a directory": ({"Cmd": ["/plain/x"]}, [], []),
-    "no format": ({"Cmd": ["/no-format"]}, [], []),
-    "no interpreter": ({"Cmd": ["/no-interpreter"]}, [], []),
+    "unknown format": ({"Cmd": ["/no-format"]}, [], []),
+    "missing interpreter": ({"Cmd": ["/no-interpreter"]}, [], []),
     "SIGILL": ({"Cmd": ["/illegal"]}, [], []),
     "SIGSEGV": ({"Cmd": ["/segfault"]}, [], []),
     "a child's SIGTERM": (sh('sh -c "kill -TERM \\$\\$"; exit $?'), [], []),
@@ -128,44 +143,15 @@ STARTS = {
 }  # fmt: skip
 
 
-class Engines:
-    def __init__(self, docker, mocker, pool):
-        self.docker, self.mocker, self.pool = docker, mocker, pool
-
-    def run(self, *arguments, options=(), env=()):
-        """`run` under both at the same time → Docker's answer and mocker's."""
-        env = {**os.environ, "LC_ALL": "C.UTF-8", **dict(env)}
-        docker = self.pool.submit(self.docker.run, "run", "--rm", *arguments, stdin=subprocess.DEVNULL, env=env)
-        mocker = self.mocker("run", "-q", "--rm", *arguments, env=env)
-        return docker.result(), mocker
 
 
 def name_of(label):
-    return f"library/case-{list(STARTS).index(label)}:latest"
-
-
-@pytest.fixture(scope="module")
-def engines(host_as_before_all, forks, tmp_path_factory):
-    """Docker as newer ones are, with a cgroup namespace; the store is where user-mode-linux can see it."""
-    with contextlib.ExitStack() as stack:
-        docker = stack.enter_context(oracle.Docker("--default-cgroupns-mode=private", private_network=True))
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mocker-probe-", dir="/var/tmp")))
-        registry = stack.enter_context(fake.serving(tmp_path_factory.mktemp("probe") / "layout"))
-        pool = stack.enter_context(ThreadPoolExecutor())
-        mocker = Mocker(home, registry.url, home)
-        put_images(registry)
-        loaded = pool.submit(docker.run, "load", input=archive(registry), text=False, check=True)
-        for name in registry.names:
-            done = forks("pull", "-q", name.partition("/")[2], env=mocker.env)
-            assert done.returncode == 0, done.stderr
-        loaded.result()
-        yield Engines(docker, mocker, pool)
+    return f"library/start-{list(STARTS).index(label)}"
 
 
 def put_images(registry):
     """python, and for each of STARTS busybox with FILES and its config."""
-    layout = registry.layout
-    bases = {}
+    layout, bases = registry.layout, {}
     for name in "python", "busybox":
         path = images.image(name)
         for blob in (path / "blobs/sha256").iterdir():
@@ -185,20 +171,152 @@ def archive(registry):
     blobs, manifest = {}, []
     for name, descriptor in registry.names.items():
         image = images.read_blob(registry.layout.path, descriptor)
-        parts = [image["config"], *image["layers"]]
-        blobs.update({part["digest"]: registry.path(part["digest"]).read_bytes() for part in parts})
-        config, *layers = [part["digest"] for part in parts]
+        config, *layers = [part["digest"] for part in [image["config"], *image["layers"]]]
+        blobs.update({digest: registry.path(digest).read_bytes() for digest in [config, *layers]})
         manifest.append({"Config": config, "RepoTags": [name.partition("/")[2]], "Layers": layers})
     entries = [file(name, content) for name, content in blobs.items()]
     return images.layer([*entries, file("manifest.json", json.dumps(manifest).encode())])
 
 
-# ---- how it starts and ends ----------------------------------------------------------------------
+# ---- both engines --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", STARTS)
-def test_a_start_is_as_under_docker(engines, label):
-    _, options, command = STARTS[label]
-    name = name_of(label).partition("/")[2]
-    docker, mocker = engines.run("--network=none", "--hostname=box", *options, name, *command, env={"GIVEN": "g"})
-    assert (mocker.returncode, mocker.stdout) == (docker.returncode, docker.stdout), docker.stderr + mocker.stderr
+class Engines:
+    """Docker and mocker with these images, and the differences that were seen."""
+
+    def __init__(self, docker, mocker, pool):
+        self.docker, self.mocker, self.pool, self.found = docker, mocker, pool, {}
+
+    def run(self, name, *command, options=()):
+        """`run` under both at the same time → what Docker and mocker answer."""
+        words, env = ["run", "--rm", *options, name, *command], {**os.environ, "GIVEN": "given"}
+        docker = self.pool.submit(self.docker.run, *words, stdin=subprocess.DEVNULL, env=env)
+        return self.mocker(words[0], "-q", *words[1:], env=env), docker.result()
+
+    def differences(self, test):
+        """{what: (Docker's, mocker's)} of a setting's probe, or of a start; asked once."""
+        if test not in self.found:
+            if test in SETTINGS:
+                mocker, docker = map(seen, self.run("python", *PROBE, options=SETTINGS[test]))
+            else:
+                _, options, command = STARTS[test]
+                options = ["--network=none", "--hostname=box", *options]
+                answers = self.run(name_of(test).partition("/")[2], *command, options=options)
+                mocker, docker = ({f"start.{test}": f"{done.returncode} {done.stdout}"} for done in answers)
+            self.found[test] = differing(docker, mocker)
+        return self.found[test]
+
+
+PROBE = ["python3", "-c", (TESTS / "probe.py").read_text()]
+
+
+def seen(done):
+    """What the probe says, as text."""
+    assert done.returncode == 0, done.stderr
+    return {key: str(value) for key, value in json.loads(done.stdout)["compare"].items() if key not in LEFT_OUT}
+
+
+def differing(one, other):
+    pairs = {key: (one.get(key, "-"), other.get(key, "-")) for key in {**one, **other}}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+@pytest.fixture(scope="module")
+def engines(host_as_before_all, forks, tmp_path_factory):
+    """Docker with a cgroup namespace, its default on v2; a store where user-mode-linux can see it."""
+    with contextlib.ExitStack() as stack:
+        docker = stack.enter_context(oracle.Docker("--default-cgroupns-mode=private", private_network=True))
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mocker-probe-", dir="/var/tmp")))
+        registry = stack.enter_context(fake.serving(tmp_path_factory.mktemp("probe") / "layout"))
+        pool = stack.enter_context(ThreadPoolExecutor())
+        put_images(registry)
+        loaded = pool.submit(docker.run, "load", input=archive(registry), text=False, check=True)
+        mocker = Mocker(home, registry.url, home)
+        for name in registry.names:
+            done = forks("pull", "-q", name.partition("/")[2], env=mocker.env)
+            assert done.returncode == 0, done.stderr
+        loaded.result()
+        yield Engines(docker, mocker, pool)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """`patterns` in which * is anything, for the name, for Docker's value and for mocker's."""
+
+    what: list
+    docker: list
+    mocker: list
+    why: str
+
+    def names(self, key, values):
+        return all(map(like, (key, *values), self[:3]))
+
+
+def like(text, patterns):
+    return any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), text, re.DOTALL) for pattern in patterns)
+
+
+def table(text):
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `")]
+    return [Row(*(re.findall("`(.*?)`", cell) for cell in cells), why.strip()) for *cells, why in lines]
+
+
+DOCKER = table(README.read_text().partition("## Against Docker, measured\n")[2].partition("\n## ")[0])
+
+
+def unnamed(differences, rows):
+    return {key: pair for key, pair in differences.items() if not any(row.names(key, pair) for row in rows)}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_process_sees_what_it_sees_under_docker(engines, setting):
+    assert unnamed(engines.differences(setting), DOCKER) == {}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_container_starts_and_ends_as_under_docker(engines, start):
+    assert unnamed(engines.differences(start), DOCKER) == {}
+
+
+def test_what_the_table_names_does_differ(engines):
+    here = {"x86_64": platform.machine() == "x86_64", "cgroup v1": os.path.exists("/sys/fs/cgroup/pids/tasks")}
+    found = [item for test in [*SETTINGS, *STARTS] for item in engines.differences(test).items()]
+    rows = [row for row in DOCKER if here.get(row.why.partition(":")[0], True)]
+    assert len(rows) > 10
+    assert [row for row in rows if not any(row.names(*item) for item in found)] == []
+
+
+def test_its_devices_are_its_own(engines):
+    """What a container does to them, chmod or chown, happens to nobody else."""
+    for done in engines.run("python", "stat", "-c", "%d", "/dev/null", options=["--network=none"]):
+        assert int(done.stdout) != os.stat("/dev/null").st_dev
+
+
+# ---- another kernel ------------------------------------------------------------------------------
+
+UML = table("""
+| `rlimit.*`, `sysctl.user/*` | `*` | `*` | a machine of 2 GiB
+| `status.*`, `self.coredump_filter`, `self.attr/current` | `*` | `*` | one CPU, without huge pages; another LSM
+| `kernel.*`, `mount./proc/*` | `absent`, `-` | `*` | what one kernel has and the other has not
+| `kernel.*`, `mount./proc/*` | `*` | `absent`, `-` | the other way round
+| `kernel./proc/io*`, `kernel./sys/power/state`, `kernel./sys/block` | `*` | `*` | another hardware
+| `writable in /proc`, `mount order` | `*` | `*` | from all that
+| `mount./`, `mount./etc/*` | `*` | `*nodev*`, `/mocker/containers/*` | the store is in memory
+| `case.do user xattr` | `ok` | `ENOTSUP` | as a tmpfs before Linux 6.6
+| `mount./sys/fs/cgroup` | `tmpfs tmpfs ro,*` | `cgroup2 cgroup ro,*` | cgroup v2 is one tree
+| `cgroup` | `*:/*` | `['N::/']` | of which the container's own group is the root
+| `cgroup./sys/fs/cgroup.*`, `cgroup./sys/fs/cgroup/*` | `-` | `[]`, `0`, `EROFS` | and nothing in it can be written
+| `mount./sys/fs/cgroup/*`, `cgroup./sys/fs/cgroup/*` | `*` | `-` | cgroup v1 has a tree for each controller
+""")
+PARTS = ["process", "mounts", "devices", "kernel_files", "cgroups", "network", "actions"]  # the others take a minute
+
+
+@pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
+def test_a_process_sees_the_same_on_linux_6_1_with_cgroup_v2(engines):
+    words = ["run", "-q", "--rm", "--hostname=box", "python", *PROBE, *PARTS]
+    here, home = seen(engines.mocker(*words)), engines.mocker.home
+    share = f"mkdir /tmp/mocker && cd /tmp/mocker && cp {home}/*.json . && ln -s {home}/blobs {home}/layers ."
+    done = machine.uml(f"{share}; {shlex.join([sys.executable, str(MOCKER), *words])}")
+    assert unnamed(differing(here, seen(done)), UML) == {}
