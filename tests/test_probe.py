@@ -37,7 +37,8 @@ SETTINGS = {
     "-u uid:gid": ["-u", "1234:5678"],
     "--read-only": ["--read-only"],
     "--network=none": ["--network=none"],
-    "capabilities": ["--cap-drop=ALL", "--cap-add=NET_ADMIN", "--cap-add=SYS_CHROOT"],
+    "--cap-drop": ["--cap-drop=ALL", "--cap-add=NET_ADMIN"],
+    "--cap-add": [f"--cap-add={name}" for name in "SYS_ADMIN SYS_PTRACE SYS_NICE DAC_READ_SEARCH SYSLOG".split()],
     "-e -w --hostname": ["-e", "HOME=/x", "-w", "/new/place", "--hostname", "box"],
 }
 # A new network namespace has the host's, which others may change between two runs.
