@@ -38,7 +38,7 @@ SETTINGS = {
     "--read-only": ["--read-only"],
     "--network=none": ["--network=none"],
     "--cap-drop": ["--cap-drop=ALL", "--cap-add=NET_ADMIN"],
-    "--cap-add": [f"--cap-add={name}" for name in "SYS_ADMIN SYS_PTRACE SYS_NICE DAC_READ_SEARCH SYSLOG".split()],
+    "--cap-add": [f"--cap-add={name}" for name in ["SYS_ADMIN", "SYS_PTRACE", "SYS_NICE", "DAC_READ_SEARCH", "SYSLOG"]],
     "-e -w --hostname": ["-e", "HOME=/x", "-w", "/new/place", "--hostname", "box"],
 }
 # A new network namespace has the host's, which others may change between two runs.
@@ -280,7 +280,8 @@ def test_its_devices_are_its_own(engines):
 
 UML = table("""
 | `rlimit.*`, `sysctl.user/*` | `*` | `*` | a machine of 2 GiB
-| `status.Cpus*`, `status.Mems*`, `status.Spec*`, `status.THP*`, `self.coredump_filter`, `self.attr/current` | `*` | `*` | one CPU, without huge pages; another LSM
+| `status.Cpus*`, `status.Mems*`, `status.Spec*`, `status.THP*` | `*` | `*` | one CPU, without huge pages
+| `self.coredump_filter`, `self.attr/current` | `*` | `*` | another configuration, another LSM
 | `kernel.*`, `mount./proc/*` | `absent`, `-` | `*` | what one kernel has and the other has not
 | `kernel.*`, `mount./proc/*` | `*` | `absent`, `-` | the other way round
 | `kernel./proc/io*`, `kernel./sys/power/state`, `kernel./sys/block` | `*` | `*` | another hardware
