@@ -1652,6 +1652,11 @@ def unpack_parcels(container, parcels):
         os.close(handle)
         if not target.startswith("/dev/"):
             mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY * read_only)
+    for stream in 0, 1, 2:  # what is /dev/null is the container's own from here on, and not the host's
+        if os.fstat(stream).st_rdev == os.makedev(1, 3):
+            null = os.open("/dev/null", os.O_RDWR)
+            os.dup2(null, stream)
+            os.close(null)
 
 @step(part="mask")
 def mask_paths(container):
