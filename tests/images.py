@@ -568,7 +568,7 @@ def debian(layout):
 @recipe("python")
 def python(layout):
     with based_on(image("debian"), layout) as build:
-        build.run(apt("python3-minimal"))
+        build.run(apt("python3-minimal libpython3-stdlib"))
         build.finish({"Cmd": ["python3"]})
 
 

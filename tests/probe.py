@@ -6,6 +6,7 @@ Run it inside a container, and the same under Docker; then compare:
     docker run IMAGE python3 -c "$(cat probe.py)" > docker.json     # nothing to mount, nothing to copy
     mocker run IMAGE python3 -c "$(cat probe.py)" > mocker.json
     probe.py --diff docker.json mocker.json       # only what differs; status 1 if anything does
+    probe.py process mounts                       # only these parts; the system calls take longest
     probe.py --ns                                 # the namespaces of the caller, to compare "raw" with
 
 "compare" is flat, and equal for two equal containers: random parts (ids, host name, pipe numbers)
@@ -686,7 +687,8 @@ def main(arguments):
     if arguments[:1] == ["--ns"]:
         print(json.dumps({f"ns.{kind}": os.readlink(f"/proc/self/ns/{kind}") for kind in sorted(os.listdir("/proc/self/ns"))}))
         return
-    for section in (process, mounts, devices, kernel_files, cgroups, network, try_syscalls, try_arguments, actions):
+    sections = (process, mounts, devices, kernel_files, cgroups, network, try_syscalls, try_arguments, actions)
+    for section in [section for section in sections if not arguments or section.__name__ in arguments]:
         try:
             section()
         except Exception as error:      # a part that can't be seen is a difference too, and not the end
