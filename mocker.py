@@ -1862,7 +1862,7 @@ def create_bridge(netlink):
     rules = [("postrouting", f'ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
               f"-s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")]
     tool = add_rules("mocker", rules)
-    shared_state(iptables=tool == "iptables")
+    shared_state(iptables=tool in IPTABLES)
     if tool is None:
         say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
     return subnet
@@ -1888,17 +1888,24 @@ def add_rules(table, rules):
     chains = "".join(f"chain {chain} {{ type nat hook {hooks[chain]}; "
                      + "".join(f"{rule}; " for hook, rule, _ in rules if hook == chain) + "}; "
                      for chain in dict.fromkeys(chain for chain, _, _ in rules))
+    mark = ["-m", "comment", "--comment", table]
     if run_tool(["nft", "-f", "-"], f"table ip {table} {{ {chains}}}") is None:
-        tool = "iptables"
-        mark = ["-m", "comment", "--comment", table]
-        for chain, _, rule in rules:
-            if run_tool(["iptables", "-w", "-t", "nat", "-A", chain.upper(), *rule.split(), *mark]) is None:
-                return None
-    if table == "mocker" and "policy drop" in (run_tool(["nft", "list", "chain", "ip", "filter", "FORWARD"]) or ""):
-        tool = "iptables"
-        for direction in "-i", "-o":  # Docker is here, and forwards nothing but its own
-            run_tool(["iptables", "-w", "-I", "FORWARD", direction, BRIDGE, "-j", "ACCEPT", "-m", "comment", "--comment", table])
+        tool = next((tool for tool in IPTABLES if all(
+            run_tool([tool, "-w", "-t", "nat", "-A", chain.upper(), *rule.split(), *mark]) is not None
+            for chain, _, rule in rules)), None)
+    for other in iptables_with("filter") if tool and table == "mocker" else ():
+        forward = run_tool([other, "-w", "-S", "FORWARD"]) or ""
+        if "-P FORWARD DROP" in forward and f"--comment {table} " not in forward:
+            tool = other
+            for direction in "-i", "-o":  # Docker is here, and forwards nothing but its own
+                run_tool([other, "-w", "-I", "FORWARD", direction, BRIDGE, "-j", "ACCEPT", *mark])
     return tool
+
+IPTABLES = "iptables", "iptables-legacy"  # mostly the first one is for nftables, which not every kernel has
+
+def iptables_with(kind):
+    """The iptables that may have something in a table. The older one would make it by looking, and never remove it."""
+    return IPTABLES if kind in read_kernel_file("/proc/net/ip_tables_names").split() else IPTABLES[:1]
 
 def delete_rules(table):
     """Of all tools that may have made them."""
@@ -1906,9 +1913,10 @@ def delete_rules(table):
         return
     for kind in "nat", "filter":
         if table == "mocker" or kind == "nat":
-            for rule in (run_tool(["iptables", "-w", "-t", kind, "-S"]) or "").splitlines():
-                if re.search(rf"--comment {table}\b", rule):
-                    run_tool(["iptables", "-w", "-t", kind, "-D", *shlex.split(rule)[1:]])
+            for tool in iptables_with(kind):
+                for rule in (run_tool([tool, "-w", "-t", kind, "-S"]) or "").splitlines():
+                    if re.search(rf"--comment {table}\b", rule):
+                        run_tool([tool, "-w", "-t", kind, "-D", *shlex.split(rule)[1:]])
 
 def publish_ports(container, undo):
     """-p: what arrives at a port of this machine is sent on to the container, and the answers back."""
