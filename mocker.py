@@ -956,7 +956,7 @@ def on_plain_disk():
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
             raise
         raise MockerError(f"{HOME} can't hold whiteouts ({error.strerror}), does it lie on an overlay, as in docker? "
-                          "Set MOCKER_HOME to a directory on a disk, a volume, or in /dev/shm") from None
+                          f"Start docker with -v mocker:{HOME}, or: mount -t tmpfs tmpfs {HOME}") from None
 
 def set_metadata(path, member):
     """Owner, mode, xattrs, times; in this order, since chown(2) clears setuid bits and capabilities."""
@@ -1392,7 +1392,7 @@ def read_kernel_file(path):
 def need_root(command):
     """Before anything is done, not half-way through."""
     if sys.platform != "linux":
-        raise MockerError("containers are made of Linux: on a Mac or Windows, docker run --privileged -it python:3")
+        raise MockerError("containers are made of Linux: on a Mac or Windows, docker run --privileged -v mocker:/root/mocker -it python:3")
     if os.geteuid() != 0:
         raise MockerError(f"{command} needs root, for owners, mounts and namespaces: sudo {sys.executable} {__file__} …")
     effective = int(re.search(r"CapEff:\s*(\w+)", read_kernel_file("/proc/self/status"))[1], 16)
