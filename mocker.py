@@ -389,8 +389,11 @@ def find_credentials(host):
 def run_tool(command, text=None):
     """Another program, told as a command → its output; None if it is not there or refuses."""
     tell(shlex.join(command) + (f" <<< {shlex.quote(text)}" if text else ""))
+    # cron's PATH, and that of `su` without a dash, has no sbin, where nft is.
+    path = [re.sub("/bin$", "/sbin", folder) for folder in os.get_exec_path()]
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True)
+        done = subprocess.run(command, input=text, capture_output=True, text=True,
+                              env={**os.environ, "PATH": ":".join(os.get_exec_path() + path)})
     except FileNotFoundError:
         return None
     return done.stdout if done.returncode == 0 else None
