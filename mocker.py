@@ -1469,6 +1469,9 @@ def restore_host():
     for path, value in state["files"].items():
         with contextlib.suppress(MockerError):
             write_kernel_file(path, value)
+    for pid in read_kernel_file(f"{CGROUP}/mocker_aside/cgroup.procs").split():
+        with contextlib.suppress(MockerError):  # it may have ended
+            write_kernel_file(f"{CGROUP}/cgroup.procs", pid)
     for directory in reversed(state["directories"]):
         with contextlib.suppress(OSError):
             os.rmdir(directory)
