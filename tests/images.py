@@ -773,6 +773,7 @@ def debian_root(root, suite, python):
         for wheel in Path(wheels, python).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(root / f"usr/local/lib/python{python}/dist-packages")
+    subprocess.run(["chroot", root, "python3", "-m", "compileall", "-q", "/usr/local/lib"], check=True)
 
 
 # ---------------------------------------------------------------------------
