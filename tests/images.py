@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 CREATED = "2016-10-18T08:00:00Z"
@@ -736,6 +737,43 @@ def postgres(layout):
                 "StopSignal": "SIGINT",
             }
         )
+
+
+# ---------------------------------------------------------------------------
+# Other Debians, with other Pythons: no images, but roots to chroot into: image("trixie") / "root"
+# ---------------------------------------------------------------------------
+
+REQUIREMENTS = (Path(__file__).resolve().parent.parent / "requirements.txt").read_text()
+
+
+@recipe("bullseye")
+def bullseye(layout):
+    debian_root(layout.path / "root", "bullseye", "3.9")
+
+
+@recipe("trixie")
+def trixie(layout):
+    debian_root(layout.path / "root", "trixie", "3.13")
+
+
+def debian_root(root, suite, python):
+    """With what mocker needs: nft, and the packages of requirements.txt for that Python; and sudo."""
+    strap = ["mmdebstrap", "--mode=root", "--variant=minbase", "--include=python3,nftables,sudo"]
+    slim = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale")]
+    subprocess.run([*strap, *slim, suite, root], check=True, stdout=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="mocker-build-") as wheels:
+        requirements = Path(wheels, "requirements.txt")
+        requirements.write_text(REQUIREMENTS)
+        pip, wanted = [sys.executable, "-m", "pip", "-q"], ["--find-links", wheels, "-r", requirements]
+        # Of `cgroups` there is no wheel to be had, so it is made here. (`pip install --target` would
+        # take packages that are too new for that Python; `pip download` does not.)
+        subprocess.run([*pip, "wheel", "--no-deps", "-w", wheels, *wanted], check=True)
+        other = ["--python-version", python, "--only-binary=:all:"]
+        subprocess.run([*pip, "download", "-d", f"{wheels}/{python}", *other, *wanted], check=True)
+        for wheel in Path(wheels, python).glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(root / f"usr/local/lib/python{python}/dist-packages")
+    subprocess.run(["chroot", root, "python3", "-m", "compileall", "-q", "/usr/local/lib"], check=True)
 
 
 # ---------------------------------------------------------------------------

@@ -128,7 +128,8 @@ class Docker(Engine):
                 "--net",
                 "sh",
                 "-c",
-                'ip link set lo up; exec "$@"',
+                # (Docker sets the FORWARD policy only where nothing was forwarded yet.)
+                'ip link set lo up; echo 0 >/proc/sys/net/ipv4/ip_forward; exec "$@"',
                 "sh",
             ]
             bridge = []
