@@ -567,7 +567,8 @@ def need_disk():
         os.mknod(store(f"{os.getpid()}.probe"), stat.S_IFCHR, 0)  # as overlayfs marks a whiteout
         os.unlink(store(f"{os.getpid()}.probe"))
     except PermissionError:
-        say(f"{HOME} lies on an overlay, which can't hold layers: it gets a tmpfs, and is lost with this machine")
+        say(f"{HOME} lies on an overlay, which can't hold layers: it gets a tmpfs, and is lost with the machine; "
+            f"in docker, -v mocker:{HOME} keeps it")
         mount("tmpfs", HOME, "tmpfs", MS_NODEV, "mode=755")
 
 @contextlib.contextmanager
