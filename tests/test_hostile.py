@@ -206,35 +206,17 @@ def test_redirects_without_end(where, pull, home, fake):
     assert len(fake.requests) < 40
 
 
-CHALLENGES = [
-    "",
-    "Bearer",
-    "Bearer realm=",
-    'Bearer realm="',
-    'Bearer realm=""',
-    'Bearer realm="x',
-    "Bearer ,,,===",
-    'Bearer realm="file:///etc/passwd"',
-    'Bearer realm="ftp://127.0.0.1/"',
-    'Bearer realm="/token"',
-    'Bearer realm="http://["',
-    'Bearer realm="http://"',
-    'Bearer realm="http://127.0.0.1:1/token"',
-    'Bearer realm="URL/token",service=",scope="',
-    'Bearer realm="URL/\x9b31m"',
-    "Negotiate",
-    "Basic",
-    'Digest realm="x", nonce="y"',
-    "\x9b31m red",
-]
+REALMS = [*PLACES, "/token", "URL/\x9b31m"]
+BROKEN = ["", "Bearer", "Bearer realm=", 'Bearer realm="', 'Bearer realm="x', "Bearer ,,,===", "\x9b31m red"]
+BROKEN += ['Bearer realm="URL/token",service=",scope="', "Negotiate", "Basic", 'Digest realm="x", nonce="y"']
 
 
-@pytest.mark.parametrize("challenge", CHALLENGES)
+@pytest.mark.parametrize("challenge", [*(f'Bearer realm="{realm}"' for realm in REALMS), *BROKEN])
 def test_broken_challenges(challenge, pull, home, fake):
     fake.intercept = lambda handler: [
         handler.answer(401, b"{}", {"WWW-Authenticate": challenge.replace("URL", fake.url)})
     ]
-    refused(pull(), home)
+    assert "secret" not in refused(pull(), home)
     assert len(fake.requests) < 20
 
 
@@ -391,15 +373,8 @@ def proxy():
         listening.shutdown(socket.SHUT_RDWR)
 
 
-SECURE = [
-    "registry.invalid/x",
-    "127.evil.invalid/x",
-    "127.0.0.1.invalid:5000/x",
-    "localhost.invalid/x",
-    "Upper/x",
-    "0x7f.1/x",
-    "[::2]/x",
-]
+SECURE = ["registry.invalid/x", "127.evil.invalid/x", "127.0.0.1.invalid:5000/x", "localhost.invalid/x"]
+SECURE += ["Upper/x", "0x7f.1/x", "[::2]/x"]
 
 
 @pytest.mark.parametrize("name", SECURE)

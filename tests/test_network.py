@@ -193,8 +193,9 @@ def ip(*arguments, where=()):
 
 def fetch(where, address, port):
     """What a web server answers to one who asks from a network namespace."""
-    script = f"import urllib.request; print(urllib.request.urlopen('http://{address}:{port}/', timeout=10).read().decode(), end='')"
-    return subprocess.run([*where, sys.executable, "-c", script], capture_output=True, text=True).stdout
+    script = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=9).read().decode(), end='')"
+    command = [*where, sys.executable, "-c", script, f"http://{address}:{port}/"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def test_what_it_sends_leaves_under_the_host_s_address(run, internet):

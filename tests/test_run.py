@@ -378,7 +378,8 @@ def test_the_overlay_is_gone_with_the_container(start):
 
 
 @pytest.mark.parametrize(
-    "path", ["/proc/sys/kernel/panic", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity", "/sys/kernel/mm/ksm/run"]
+    "path",
+    ["/proc/sys/kernel/panic", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity", "/sys/kernel/mm/ksm/run"],
 )
 def test_kernel_settings_are_read_only(run, path):
     if not os.path.exists(path):
@@ -395,7 +396,8 @@ def test_what_tells_too_much_is_hidden(run, path):
 
 
 def test_dev(run):
-    script = "ls /dev; echo x >/dev/null; head -c 2 /dev/zero | od -An -tx1; head -c 9 /dev/urandom | wc -c; echo x >/dev/full"
+    script = "ls /dev; echo x >/dev/null; head -c 2 /dev/zero | od -An -tx1; head -c 9 /dev/urandom | wc -c; "
+    script += "echo x >/dev/full"
     done = run("busybox", "sh", "-c", script)
     *names, zeros, number = done.stdout.split("\n")[:-1]
     links = ["fd", "ptmx", "stderr", "stdin", "stdout"]
@@ -405,7 +407,8 @@ def test_dev(run):
 
 
 def test_shared_memory_and_tmp_can_be_written(run):
-    assert run("-u", "daemon", "busybox", "sh", "-c", "echo 1 >/dev/shm/x; echo 2 >/tmp/x; cat /dev/shm/x /tmp/x").stdout == "1\n2\n"
+    script = "echo 1 >/dev/shm/x; echo 2 >/tmp/x; cat /dev/shm/x /tmp/x"
+    assert run("-u", "daemon", "busybox", "sh", "-c", script).stdout == "1\n2\n"
 
 
 def test_output_appears_as_it_comes(start):
