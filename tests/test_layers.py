@@ -389,12 +389,10 @@ def test_127_layers_run(mocker, fake):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["debian", "tomcat", "fifty-thousand"])
+@pytest.mark.parametrize("name", ["debian", "tomcat", "many-files"])
 def test_real_images_equal_umocis(name, registry, mocker, home, tmp_path):
     mocker("pull", registry.need(f"library/{name}"), check=True)
-    subprocess.run(["umoci", "unpack", "--image", f"{images.image(name)}:latest", tmp_path / "bundle"], check=True)
-    umocis, ours = (
-        oracle.rootfs_listing(tmp_path / "bundle/rootfs"),
-        store.rootfs(home, f"library_{name}.json", tmp_path),
-    )
+    with oracle.unpacked(images.image(name)) as bundle:
+        umocis = oracle.rootfs_listing(bundle / "rootfs")
+    ours = store.rootfs(home, f"library_{name}.json", tmp_path)
     assert oracle.listing_difference(without_root(umocis), without_root(ours)) == []
