@@ -1421,8 +1421,10 @@ def running_containers():
     for name in os.listdir(SHARED) if os.path.isdir(SHARED) else ():
         if name.endswith(".json"):
             with contextlib.suppress(FileNotFoundError), open(f"{SHARED}/{name}") as file:
-                text = file.read()
-                found[name[: -len(".json")]] = json.loads(text) if text.strip().endswith("}") else {}
+                try:
+                    found[name[: -len(".json")]] = json.loads(file.read())
+                except ValueError:  # its mocker was killed before it had written it
+                    found[name[: -len(".json")]] = {}
     return found
 
 def note_container(container):
