@@ -170,6 +170,15 @@ def test_another_s_leftovers_are_no_hindrance(store, run):
     assert not os.path.exists("/run/mocker/0badcafe.json")
 
 
+def test_a_damaged_entry_stops_no_command(store):
+    """In a /run of its own, or other mockers here would see it, too. Somebody holds it: nothing is cleared away."""
+    plant = "mount -t tmpfs run /run && mkdir /run/mocker && echo '!}' >/run/mocker/0badcafe.json"
+    script = f'{plant} && exec 9</run/mocker/0badcafe.json && flock 9 && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", *store.command(["images"])]
+    done = subprocess.run(command, env=store.env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ---- in a row, and at once -----------------------------------------------------------------------
 
 

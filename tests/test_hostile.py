@@ -388,7 +388,7 @@ def test_every_other_host_is_asked_by_https_through_the_proxy(name, quick, home,
 def test_where_http_is_allowed(name, quick, home, proxy):
     env = {"http_proxy": proxy[0], "https_proxy": proxy[0], "MOCKER_INSECURE": "other,registry.invalid:5000"}
     quick("pull", "-q", name, env=env)
-    assert [line.startswith("CONNECT") for line in proxy[1]] == [":5000" not in name] * len(proxy[1])
+    assert {line.startswith("CONNECT") for line in proxy[1]} == {":5000" not in name}
 
 
 def test_the_proxy_is_not_asked_for_this_machine(pull, fake, proxy):
@@ -1105,7 +1105,7 @@ ENTRIES = st.lists(
     st.one_of(
         NAMES.map(folder),
         st.tuples(NAMES, st.binary(max_size=3)).map(lambda pair: file(*pair)),
-        NAMES.map(lambda name: symlink(name, "nowhere")),
+        st.sampled_from(["a/y", "b/y"]).map(lambda name: symlink(name, "nowhere")),  # umoci makes what is below there
         st.sampled_from(["a/x", "a/y", "b/x"]).map(whiteout),
         st.sampled_from(["a", "b"]).map(opaque),
     ),
@@ -1120,11 +1120,14 @@ def test_any_layers_unpack_like_umocis(layers, pull, home, fake, tmp_path_factor
     scratch = tmp_path_factory.mktemp("any")
     descriptor = fake.layout.image([layer(entries) for entries in layers])
     fake.put("library/x", descriptor)
-    ok = fine_or_refused(pull(), home)
+    assert fine_or_refused(pull(), home)
+    fake.layout._write_index([])  # or there would be many that are called latest
     fake.layout.tag(descriptor)
     command = ["umoci", "unpack", "--image", f"{fake.layout.path}:latest", scratch / "bundle"]
     umoci = subprocess.run(command, capture_output=True, text=True)
-    if ok and umoci.returncode == 0:
+    if umoci.returncode:  # it makes no folder in the place of a file of a lower layer
+        assert "not a directory" in umoci.stderr
+    else:
         listings = oracle.rootfs_listing(scratch / "bundle/rootfs"), store.rootfs(home, "library_x.json", scratch)
         assert oracle.listing_difference(*listings, without=["mtime"]) == []
     for stored in home.glob("library*"):

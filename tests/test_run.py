@@ -78,9 +78,7 @@ def test_entrypoint_and_command(run, image, config, options, command, said):
 
 @pytest.mark.parametrize("options", [[], ["--entrypoint="]])
 def test_no_command_at_all(run, image, options):
-    name = image(E if options else {})
-    run(name)
-    one_line(run(*options, name), "no command")
+    one_line(run(*options, image(E if options else {})), "no command")
 
 
 def test_arguments_reach_the_program_as_they_are(store):
