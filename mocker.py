@@ -797,7 +797,7 @@ class Unpacker:
     def __init__(self, stream):
         self.stream, self.names, self.directories = stream, [], {}
         self.implied = set()  # directories that the tar leaves out: the layers below know their modes
-        self.borrowed = []  # (path, target) of hard links to files of the layers below
+        self.borrowed = {}  # path → target of hard links to files of the layers below
         self.whiteouts = []
 
     def unpack(self):
@@ -872,11 +872,11 @@ class Unpacker:
     def make_link(self, path, target):
         if path == target:
             raise MockerError(f"a layer has a hard link '{path}' to itself: this image is broken")
-        if os.path.lexists(target):
+        if target not in self.borrowed and os.path.lexists(target):
             os.link(target, path, follow_symlinks=False)
         else:
-            os.lstat(os.path.dirname(path))
-            self.borrowed.append((path, target))
+            os.mknod(path)  # a file holds the place, so that what comes there later replaces it as any other
+            self.borrowed[path] = self.borrowed.get(target, target)
 
     def add_parents(self, folder):
         """Directories that a member needs, but the tar has not (yet)."""
@@ -904,6 +904,7 @@ class Unpacker:
             self.forget(path)
         else:
             os.unlink(path)
+            self.borrowed.pop(path, None)
         return is_whiteout(status)
 
     def forget(self, path):
@@ -912,7 +913,7 @@ class Unpacker:
             return other == path or other.startswith(path + "/")
 
         self.implied = {other for other in self.implied if not gone(other)}
-        self.borrowed = [(other, target) for other, target in self.borrowed if not gone(other)]
+        self.borrowed = {other: target for other, target in self.borrowed.items() if not gone(other)}
         self.whiteouts = [other for other in self.whiteouts if not gone(other)]
         self.directories = {other: member for other, member in self.directories.items() if not gone(other)}
 
@@ -1007,7 +1008,7 @@ def settle_layer(directory, below, implied, borrowed, whiteouts):
     import shutil
 
     root = os.path.realpath(directory)
-    for path in [*sorted(implied), *whiteouts, *(path for path, _ in borrowed)]:
+    for path in [*sorted(implied), *whiteouts, *borrowed]:
         # We are outside of the chroot here: no symlink of the layer may lead us on.
         if os.path.realpath(root + os.path.dirname(path)) != os.path.normpath(root + os.path.dirname(path)):
             raise MockerError(f"a layer puts '{path}' behind a symlink of its own: this image is broken")
@@ -1015,14 +1016,14 @@ def settle_layer(directory, below, implied, borrowed, whiteouts):
         source = look_below(below, path)
         if source and is_directory(source) and is_directory(directory + path):
             copy_metadata(source, directory + path)
-    times = {folder: os.stat(folder) for folder in {os.path.dirname(directory + p) for p in [*whiteouts, *dict(borrowed)]}}
+    times = {folder: os.stat(folder) for folder in {os.path.dirname(directory + p) for p in [*whiteouts, *borrowed]}}
     for path in whiteouts:
         # One that hides nothing goes: in a directory of one layer alone, overlayfs would list it.
         ancestors = [path[:match.start()] for match in re.finditer("/", path)]
         opaque = any(OPAQUE in os.listxattr(directory + ancestor) for ancestor in ancestors)
         if is_whiteout(os.lstat(directory + path)) and (opaque or look_below(below, path) is None):
             os.unlink(directory + path)
-    for path, target in borrowed:
+    for path, target in borrowed.items():
         source = look_below(below, target)
         if source is None or not stat.S_ISREG(os.lstat(source).st_mode):
             raise MockerError(f"a layer has a hard link to '{target}', which is nowhere: this image is broken")
