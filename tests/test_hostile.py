@@ -763,6 +763,10 @@ ESCAPES = {
         [folder("etc"), file("etc/new", b"evil")],
         [folder("a/d"), hardlink("a/d/new", "etc/new"), whiteout("a/d"), file("a", b""), symlink("a", "V/..")],
     ],
+    "a hard link to a lower file, then a link in its place": [
+        [folder("etc"), file("etc/new", b"evil")],
+        [hardlink("d", "etc/new"), symlink("d", "V/new"), hardlink("e", "etc/new"), symlink("e", "V/secret")],
+    ],
     "parents that become a link": [
         [folder("d", 0o777), folder("d/sub", 0o777)],
         [file("d/sub/x", b"x"), symlink("d", "V")],
@@ -856,6 +860,10 @@ ODD = {
     "a hard link to itself": layer([hardlink("f", "f")]),
     "a hard link to itself, by another name": layer([file("f"), hardlink("f", "./f")]),
     "a hard link to a folder": layer([folder("d"), hardlink("f", "d")]),
+    "a hard link to a lower file, then a folder": layer([hardlink("f", "lower"), folder("f")]),
+    "a hard link to a lower file, then something in it": layer([hardlink("f", "lower"), file("f/x")]),
+    "a hard link to a lower file, and its whiteout": layer([hardlink("f", "lower"), whiteout("f")]),
+    "a hard link to a hard link to a lower file": layer([hardlink("f", "lower"), hardlink("g", "f")]),
     "hard links in a circle": layer([hardlink("a", "b"), hardlink("b", "a")]),
     "links in a circle": layer([symlink("a", "b"), symlink("b", "a"), file("a/f"), folder("b/d")]),
     "a link to itself": layer([symlink("a", "a"), file("a/f")]),
