@@ -3109,8 +3109,9 @@ def main(argv):
         sweep()
         return function(arguments)
     except MockerError as error:
-        if str(error):
-            write_line(f"mocker: {error}", "error")
+        words = printable(str(error))
+        if words:  # a name in them may be as long as its image likes
+            write_line(f"mocker: {words if len(words) < 900 else f'{words[:440]}…{words[-440:]}'}", "error")
         return error.status
     except ModuleNotFoundError as error:
         write_line(f"mocker: the Python package '{error.name}' is missing: pip install -r requirements.txt, and run it with that Python", "error")
