@@ -206,7 +206,7 @@ def test_redirects_without_end(where, pull, home, fake):
     assert len(fake.requests) < 40
 
 
-REALMS = [*PLACES, "/token", "URL/\x9b31m"]
+REALMS = [*PLACES, f"ftp://{'x' * 9000}", "/token", "URL/\x9b31m"]
 BROKEN = ["", "Bearer", "Bearer realm=", 'Bearer realm="', 'Bearer realm="x', "Bearer ,,,===", "\x9b31m red"]
 BROKEN += ['Bearer realm="URL/token",service=",scope="', "Negotiate", "Basic", 'Digest realm="x", nonce="y"']
 
@@ -856,7 +856,11 @@ def pax(name, headers, kind=tarfile.REGTYPE, content=b""):
 
 END = bytes(1024)
 DEEP = ["/".join("d" * depth) for depth in range(1, 1500)]
+LONG = "/".join(["\x1b" * 200] * 15)
 ODD = {
+    "an unknown type under a long name": layer([entry(LONG, b"Z", 0o644)]),
+    "a hard link to itself under a long name": layer([hardlink(LONG, LONG)]),
+    "a hard link to nowhere under a long name": layer([hardlink("f", LONG)]),
     "a hard link to itself": layer([hardlink("f", "f")]),
     "a hard link to itself, by another name": layer([file("f"), hardlink("f", "./f")]),
     "a hard link to a folder": layer([folder("d"), hardlink("f", "d")]),
