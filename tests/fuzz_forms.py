@@ -15,7 +15,7 @@ NUMBERS = [b"0", b"1", b"7777", b"37777777777", b"-1", b"\x80" + b"\x7f" * 11, b
 FIELDS = [(156, 1, [bytes([kind]) for kind in b"01234567xgLKSMZ\0"])]  # of a header: place, length, values
 FIELDS += [(place, length, NAMES.encode().split(b"|")) for place, length in ((0, 100), (157, 100), (345, 155))]
 FIELDS += [(place, 8, NUMBERS) for place in (100, 108, 116, 329, 337)] + [(place, 12, NUMBERS) for place in (124, 136)]
-VALUES = [*hostile.OTHER_VALUES, True, 0, 2**63, 1e999, "", "x" * 200, [], {}, ["a\0"]]
+VALUES = [*hostile.OTHER_VALUES, True, 0, 2**63, 1e999, "", "x" * 5000, [], {}, ["a\0"]]
 
 
 def heads(tar):
