@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import time
 import host
 import images
 import pytest
-from containers import one_line, until
+from containers import free_port, one_line, until
 
 pytestmark = pytest.mark.usefixtures("pulled", "host_as_before")  # in this order
 host_as_before = host.host_as_before
@@ -141,11 +140,6 @@ def test_after_kill_9_the_next_command_says_what_it_does(store, start):
     assert container.id in done.stderr and "killed" in done.stderr
     assert not (store.home / "containers" / container.id).exists()
     assert store("images").stderr == ""
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def test_kill_9_leaves_the_other_containers_alone(store, start, run):

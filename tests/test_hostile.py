@@ -1126,7 +1126,7 @@ ENTRIES = st.lists(
 ).map(lambda entries: [folder("a"), folder("b"), *entries])  # umoci makes no folder for a whiteout, Docker does
 
 
-@settings(many, max_examples=40)
+@settings(many, max_examples=25)
 @given(layers=st.lists(ENTRIES, min_size=2, max_size=3))
 def test_any_layers_unpack_like_umocis(layers, pull, home, fake, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("any")

@@ -12,7 +12,7 @@ import urllib.request
 import host
 import oracle
 import pytest
-from containers import one_line, until
+from containers import free_port, one_line, until
 
 pytestmark = pytest.mark.usefixtures("host_as_before_all")
 
@@ -31,12 +31,6 @@ def get(address, port=80):
             return answer.read().decode()
 
     return until(ask, f"no answer from {address}:{port}", 10)
-
-
-def free_port(kind=socket.SOCK_STREAM):
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 # ---- the bridge, and who is on it ----------------------------------------------------------------
