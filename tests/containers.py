@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import time
 
 import host
@@ -64,6 +65,12 @@ class Running:
         if self.process.poll() is None:
             self.kill()
         self.process.communicate(timeout=60)
+
+
+def free_port(kind=socket.SOCK_STREAM):
+    with socket.socket(socket.AF_INET, kind) as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def program_of(pid):

@@ -394,26 +394,17 @@ def busybox(layout):
     layout.tag(layout.image([layer(entries)], {"Env": [PATH], "Cmd": ["sh"]}, history=history))
 
 
-def many_files(layout, number):
-    """One layer of `number` files of up to 3 KiB, forty to a folder, no two alike."""
+@recipe("many-files")
+def many_files(layout):
+    """One layer of 20,000 files of up to 3 KiB, forty to a folder, no two alike."""
     entries = [folder("data")]
-    for count in range(number):
+    for count in range(20_000):
         where = f"data/{count // 40:04}"
         if count % 40 == 0:
             entries += [folder(where)]
         line = digest(str(count).encode()) + "\n"
         entries += [file(f"{where}/{count:06}.txt", line.encode() * (count % 40 + 1))]
     layout.tag(layout.image([layer(entries)], {"Cmd": ["/none"]}))
-
-
-@recipe("many-files")
-def twenty_thousand(layout):
-    many_files(layout, 20_000)
-
-
-@recipe("fifty-thousand")
-def fifty_thousand(layout):
-    many_files(layout, 50_000)
 
 
 # ---------------------------------------------------------------------------

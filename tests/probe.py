@@ -118,8 +118,8 @@ def syscall(number, *args):
     return "ok" if result >= 0 else name_of(ctypes.get_errno())
 
 
-def attempt(action, new_session=True, seconds=3):
-    """Run action in a forked child; what it returns, or raises, or how it ends."""
+def attempt(action, *arguments, new_session=True, seconds=3):
+    """Run action(*arguments) in a forked child; what it returns, or raises, or how it ends."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -127,7 +127,7 @@ def attempt(action, new_session=True, seconds=3):
         try:
             if new_session:
                 os.setsid()     # so that vhangup and the like have no terminal to hit
-            answer = action() or "ok"
+            answer = action(*arguments) or "ok"
         except OSError as error:
             answer = name_of(error.errno)
         except BaseException as error:      # the child must never return into the caller
@@ -170,6 +170,7 @@ def fork_and_reap(number, *args):
     if result < 0:
         return name_of(ctypes.get_errno())
     os.waitpid(result, 0x40000000)      # __WALL
+    return "ok"
 
 
 def vfork():
@@ -216,10 +217,11 @@ def try_syscalls():
     """Every system call by its number."""
     for name, number in NR.items():
         action = SPECIAL.get(name, lambda number=number: syscall(number, *[-1] * 6))
-        compare[f"syscall.{name}"] = attempt(action, new_session=name != "setsid", seconds=0.2 if name == "pause" else 5)
+        seconds = 0.2 if name == "pause" else 5
+        compare[f"syscall.{name}"] = attempt(action, new_session=name != "setsid", seconds=seconds)
     for number in (450, 471, 500, 600, 100000):      # those that nobody knows: how does the filter end?
         if number not in NR.values():
-            compare[f"syscall.number {number}"] = attempt(lambda: syscall(number, *[-1] * 6))
+            compare[f"syscall.number {number}"] = attempt(syscall, number, *[-1] * 6)
 
 
 NAMESPACES = {"NEWTIME": 0x80, "NEWNS": 0x20000, "NEWCGROUP": 0x2000000, "NEWUTS": 0x4000000, "NEWIPC": 0x8000000,
@@ -229,41 +231,40 @@ FAMILIES = {1: "UNIX", 2: "INET", 3: "AX25", 10: "INET6", 15: "KEY", 16: "NETLIN
 KEYCTL = {"JOIN_SESSION_KEYRING": 1, "DESCRIBE": 6, "GET_PERSISTENT": 22}
 
 
-def case(name, action, **options):
-    compare[f"case.{name}"] = attempt(action, **options)
+def case(name, action, *arguments, **options):
+    compare[f"case.{name}"] = attempt(action, *arguments, **options)
 
 
 def try_arguments():
     """The calls that a filter judges by their arguments, and other doors to the same rooms."""
     for name, flag in NAMESPACES.items():
         if name != "NEWTIME":       # clone has no room for it: the low byte is the signal
-            case(f"clone {name}", lambda: fork_and_reap(
-                NR["clone"], *map(ctypes.c_long, (flag | signal.SIGCHLD, 0, 0, 0, 0))))
+            case(f"clone {name}", fork_and_reap, NR["clone"], *map(ctypes.c_long, (flag | signal.SIGCHLD, 0, 0, 0, 0)))
         case(f"clone3 {name}", clone3(flag))
-        case(f"unshare {name}", lambda: syscall(NR["unshare"], flag))
+        case(f"unshare {name}", syscall, NR["unshare"], flag)
         own = {"NEWNS": "mnt"}.get(name, name[3:].lower())
-        case(f"setns {name}", lambda: syscall(NR["setns"], os.open(f"/proc/self/ns/{own}", os.O_RDONLY), flag))
+        case(f"setns {name}", join_namespace, own, flag)
     case("unshare NEWUSER|NEWNS", lambda: syscall(NR["unshare"], 0x10020000))
     case("clone high bits", lambda: syscall(NR["clone"], 0x7E02000000000000 | 0x10100))      # only the low 32 count
     for value in (0, 8, 0x20000, 0x20008, 0xFFFFFFFF, 0x40000, 0x400000, 0x8000000, 1, 0x20001):
-        case(f"personality {value:#x}", lambda: syscall(NR["personality"], value))
+        case(f"personality {value:#x}", syscall, NR["personality"], value)
     for family in range(46):
         name = FAMILIES.get(family, str(family))
         if family in FAMILIES:
-            case(f"socket {name} DGRAM", lambda: syscall(NR["socket"], family, socket.SOCK_DGRAM, 0))
-            case(f"socket {name} RAW", lambda: syscall(NR["socket"], family, socket.SOCK_RAW, 0))
-        case(f"socket {name} STREAM", lambda: syscall(NR["socket"], family, socket.SOCK_STREAM, 0))
+            case(f"socket {name} DGRAM", syscall, NR["socket"], family, socket.SOCK_DGRAM, 0)
+            case(f"socket {name} RAW", syscall, NR["socket"], family, socket.SOCK_RAW, 0)
+        case(f"socket {name} STREAM", syscall, NR["socket"], family, socket.SOCK_STREAM, 0)
     case("socket VSOCK, high bits", lambda: syscall(NR["socket"], (1 << 32) | 40, socket.SOCK_STREAM, 0))
     case("socket INET DGRAM ICMP", lambda: syscall(NR["socket"], 2, socket.SOCK_DGRAM, 1))
     case("socket INET RAW ICMP", lambda: syscall(NR["socket"], 2, socket.SOCK_RAW, 1))
     for protocol in (0, 4, 9, 12, 15, 16):
-        case(f"socket NETLINK {protocol}", lambda: syscall(NR["socket"], 16, socket.SOCK_RAW, protocol))
+        case(f"socket NETLINK {protocol}", syscall, NR["socket"], 16, socket.SOCK_RAW, protocol)
     case("socketpair VSOCK", lambda: syscall(NR["socketpair"], 40, socket.SOCK_STREAM, 0, BUFFER))
     case("ioctl TIOCSTI", lambda: syscall(NR["ioctl"], 0, 0x5412, b" "), new_session=False)
     case("ioctl TIOCSTI, high bits", lambda: syscall(NR["ioctl"], 0, (1 << 32) | 0x5412, b" "), new_session=False)
     case("ioctl TIOCLINUX", lambda: syscall(NR["ioctl"], 0, 0x541C, b"\x06"), new_session=False)
     for name, number in KEYCTL.items():
-        case(f"keyctl {name}", lambda: syscall(NR["keyctl"], number, 0, 0, 0, 0))
+        case(f"keyctl {name}", syscall, NR["keyctl"], number, 0, 0, 0, 0)
     case("add_key", lambda: syscall(NR["add_key"], b"user", b"probe", b"x", 1, -1))
     case("bpf MAP_CREATE", lambda: syscall(NR["bpf"], 0, struct.pack("=IIII", 2, 4, 4, 1) + bytes(112), 128))
     case("bpf PROG_LOAD", lambda: syscall(NR["bpf"], 5, bytes(128), 128))
@@ -276,7 +277,7 @@ def try_arguments():
     case("fanotify_init", lambda: syscall(NR["fanotify_init"], 0, 0))
     case("quotactl Q_SYNC", lambda: syscall(NR["quotactl"], 0x80000100, 0, 0, 0))
     case("syslog size", lambda: syscall(NR["syslog"], 10, 0, 0))
-    case("lookup_dcookie", lambda: syscall(NR["lookup_dcookie"], 0, 0, BUFFER, 10) if "lookup_dcookie" in NR else "none")
+    case("lookup_dcookie", syscall, NR["lookup_dcookie"], 0, 0, BUFFER, 10)
     case("open_by_handle_at", open_by_handle)
     case("kcmp self", lambda: syscall(NR["kcmp"], os.getpid(), os.getpid(), 0, 0, 0))
     case("pidfd_getfd self", lambda: syscall(
@@ -285,18 +286,23 @@ def try_arguments():
     case("ptrace SEIZE pid 1", lambda: syscall(NR["ptrace"], 0x4206, 1, 0, 0))       # ATTACH would stop it
     case("process_vm_readv self", lambda: syscall(NR["process_vm_readv"], os.getpid(), BUFFER, 0, BUFFER, 0, 0))
     case("get_mempolicy", lambda: syscall(NR["get_mempolicy"], 0, 0, 0, 0, 0))
-    case("seccomp STRICT in a child", lambda: None if syscall(NR["seccomp"], 2, 0, struct.pack("=I", 0x7FFF0000)) else "")
+    case("seccomp STRICT in a child", lambda: (
+        None if syscall(NR["seccomp"], 2, 0, struct.pack("=I", 0x7FFF0000)) else ""))
     case("prctl SET_NO_NEW_PRIVS", lambda: syscall(NR["prctl"], 38, 1, 0, 0, 0))
     case("prctl SET_MM", lambda: syscall(NR["prctl"], 35, 6, 0, 0, 0))
     if ARCH == "x86_64":
         for name, number in {"getpid": 39, "mount": 165, "socket": 41, "ptrace x32": 521, "execve x32": 520,
                              "unshare": 272, "kexec_load x32": 528, "io_uring_setup": 425}.items():
-            case(f"x32 {name}", lambda: syscall(0x40000000 | number, *[-1] * 6))
+            case(f"x32 {name}", syscall, 0x40000000 | number, *[-1] * 6)
         for name, number in {"getpid": 20, "mount": 21, "umount": 22, "unshare": 310, "ptrace": 26, "reboot": 88,
                              "socketcall": 102, "bpf": 357, "keyctl": 288, "clone3": 435, "io_uring_setup": 425,
                              "socket": 359, "personality": 136, "stime": 25}.items():
-            case(f"int80 {name}", lambda: int80(number))
+            case(f"int80 {name}", int80, number)
         case("int80 socket VSOCK", lambda: int80(359, 40))
+
+
+def join_namespace(kind, flag):
+    return syscall(NR["setns"], os.open(f"/proc/self/ns/{kind}", os.O_RDONLY), flag)
 
 
 def open_by_handle():
@@ -325,6 +331,10 @@ def read(path, size=1 << 20):
         return file.read(size).decode(errors="replace")
 
 
+def words_of(path):
+    return " ".join(read(path).split())
+
+
 def clean(text):
     """Without what is random."""
     text = re.sub(r"[0-9a-f]{32,}", "<ID>", text)
@@ -334,20 +344,24 @@ def clean(text):
 
 
 HOSTNAME = os.uname().nodename
+STATUS = [
+    "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Seccomp_filters",
+    "Uid", "Gid", "Groups", "SigBlk", "SigIgn", "SigPnd", "ShdPnd", "NSpid", "Umask",
+    "Cpus_allowed_list", "Mems_allowed_list", "Speculation_Store_Bypass", "THP_enabled",
+]
 
 
 def process():
     for kind in sorted(os.listdir("/proc/self/ns")):
         raw[f"ns.{kind}"] = os.readlink(f"/proc/self/ns/{kind}")
     status = dict(line.split(":\t", 1) for line in read("/proc/self/status").splitlines())
-    for key in ("CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs Seccomp Seccomp_filters Uid Gid Groups SigBlk SigIgn "
-                "SigPnd ShdPnd NSpid Umask Cpus_allowed_list Mems_allowed_list Speculation_Store_Bypass THP_enabled").split():
+    for key in STATUS:
         compare[f"status.{key}"] = " ".join(status.get(key, "").split())
     compare["pids"] = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()]
     compare["pid"], compare["ppid"] = os.getpid(), os.getppid()
     compare["sid"], compare["pgrp"] = os.getsid(0), os.getpgrp()
     for name in ("/dev/tty", "/dev/console"):
-        compare[f"open {name}"] = attempt(lambda: os.close(os.open(name, os.O_RDWR | os.O_NOCTTY)), new_session=False)
+        compare[f"open {name}"] = attempt(open_and_close, name, os.O_RDWR | os.O_NOCTTY, new_session=False)
     compare["controlling terminal"] = read("/proc/self/stat").rpartition(")")[2].split()[4]
     for descriptor in sorted(map(int, os.listdir("/proc/self/fd"))):
         try:
@@ -363,9 +377,9 @@ def process():
             compare[f"fd.{descriptor}.owner"] = f"{owner.st_uid}:{owner.st_gid} {owner.st_mode:o}"
     for name in sorted(name for name in dir(resource) if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"):
         compare[f"rlimit.{name[7:].lower()}"] = list(resource.getrlimit(getattr(resource, name)))
-    for name in ("oom_score_adj", "loginuid", "sessionid", "coredump_filter", "timerslack_ns", "personality", "setgroups",
-                 "uid_map", "gid_map", "attr/current"):
-        compare[f"self.{name}"] = attempt(lambda: " ".join(read(f"/proc/self/{name}").split()) or "empty")
+    for name in ("oom_score_adj", "loginuid", "sessionid", "coredump_filter", "timerslack_ns", "personality",
+                 "setgroups", "uid_map", "gid_map", "attr/current"):
+        compare[f"self.{name}"] = attempt(lambda name=name: words_of(f"/proc/self/{name}") or "empty")
     compare["nice"] = os.getpriority(os.PRIO_PROCESS, 0)
     compare["scheduler"] = os.sched_getscheduler(0)
     compare["umask"] = status.get("Umask")
@@ -408,8 +422,12 @@ def mounts():
         if kind not in ("ext4", "xfs", "btrfs", "overlay"):
             compare[f"mount.{name}.root"] = clean(root)
         if target != "/":
-            compare[f"mount.{name}.writable"] = attempt(lambda: access(target, os.W_OK))
+            compare[f"mount.{name}.writable"] = attempt(access, target, os.W_OK)
     compare["mount order"] = order
+
+
+def open_and_close(path, flags):
+    os.close(os.open(path, flags))
 
 
 def access(path, mode):
@@ -434,17 +452,19 @@ def devices():
                 continue
             compare[f"dev.{path[5:]}"] = describe(path)
     compare["dev"] = describe("/dev")
-    for name in "null zero full random urandom tty ptmx console fuse kmsg mem vda sda loop0 net/tun".split():
+    for name in ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "console", "fuse", "kmsg", "mem",
+                 "vda", "sda", "loop0", "net/tun"):
         if os.path.exists("/dev/" + name):
             for word, flags in ("read", os.O_RDONLY), ("write", os.O_WRONLY):
                 compare[f"dev.{name}.{word}"] = attempt(
-                    lambda: os.close(os.open("/dev/" + name, flags | os.O_NONBLOCK | os.O_NOCTTY)), new_session=name != "tty")
-    for name, kind, major, minor in (("disk", stat.S_IFBLK, 254, 0), ("mem", stat.S_IFCHR, 1, 1), ("null", stat.S_IFCHR, 1, 3),
-                                     ("kmsg", stat.S_IFCHR, 1, 11), ("fuse", stat.S_IFCHR, 10, 229), ("tun", stat.S_IFCHR, 10, 200),
-                                     ("loop-control", stat.S_IFCHR, 10, 237),
-                                     ("loop0", stat.S_IFBLK, 7, 0), ("whiteout", stat.S_IFCHR, 0, 0)):
+                    open_and_close, "/dev/" + name, flags | os.O_NONBLOCK | os.O_NOCTTY, new_session=name != "tty")
+    for name, *node in (
+        ("disk", stat.S_IFBLK, 254, 0), ("mem", stat.S_IFCHR, 1, 1), ("null", stat.S_IFCHR, 1, 3),
+        ("kmsg", stat.S_IFCHR, 1, 11), ("fuse", stat.S_IFCHR, 10, 229), ("tun", stat.S_IFCHR, 10, 200),
+        ("loop-control", stat.S_IFCHR, 10, 237), ("loop0", stat.S_IFBLK, 7, 0), ("whiteout", stat.S_IFCHR, 0, 0),
+    ):
         for folder in ("/tmp", "/dev", "/dev/shm"):
-            compare[f"mknod {folder}/{name}"] = attempt(lambda: make_node(f"{folder}/probe-{name}", kind, major, minor))
+            compare[f"mknod {folder}/{name}"] = attempt(make_node, f"{folder}/probe-{name}", *node)
     compare["openpty"] = attempt(lambda: os.ttyname(os.openpty()[1]))
 
 
@@ -459,19 +479,27 @@ def make_node(path, kind, major, minor):
         os.unlink(path)
 
 
-SENSITIVE = """/proc/asound /proc/acpi /proc/kcore /proc/keys /proc/key-users /proc/latency_stats /proc/timer_list /proc/timer_stats
-/proc/sched_debug /proc/scsi /proc/interrupts /proc/kmsg /proc/kallsyms /proc/kpagecount /proc/kpageflags /proc/kpagecgroup
-/proc/slabinfo /proc/vmallocinfo /proc/iomem /proc/ioports /proc/modules /proc/mtrr /proc/config.gz /proc/cmdline /proc/swaps
-/proc/sysrq-trigger /proc/bus /proc/fs /proc/irq /proc/irq/default_smp_affinity /proc/sys /proc/sys/kernel/core_pattern
-/proc/sys/kernel/hostname /proc/sys/kernel/domainname /proc/sys/kernel/modprobe /proc/sys/kernel/sysrq /proc/sys/kernel/shmmax
-/proc/sys/kernel/ns_last_pid /proc/sys/fs/binfmt_misc /proc/sys/fs/mqueue/msg_max /proc/sys/vm/panic_on_oom
-/proc/sys/vm/drop_caches /proc/sys/net/ipv4/ip_forward /proc/sys/net/core/somaxconn /proc/driver /proc/dynamic_debug /proc/pressure/memory
-/proc/1/mem /proc/1/environ /proc/1/root /proc/1/oom_score_adj /proc/self/mem /proc/self/exe
-/sys /sys/firmware /sys/firmware/acpi /sys/firmware/memmap /sys/kernel/debug /sys/kernel/tracing /sys/kernel/security
-/sys/kernel/uevent_helper /sys/kernel/mm/transparent_hugepage/enabled /sys/kernel/vmcoreinfo /sys/kernel/kexec_loaded
-/sys/power/state /sys/module /sys/bus /sys/block /sys/class/net /sys/class/net/lo/mtu /sys/fs/cgroup /sys/fs/bpf /sys/fs/pstore
-/sys/fs/fuse/connections /sys/fs/ext4 /sys/devices/virtual/powercap /sys/devices/system/cpu/cpu0/online
-/sys/devices/system/cpu/cpu0/thermal_throttle /sys/devices/system/memory /sys/hypervisor""".split()
+SENSITIVE = [
+    "/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/latency_stats",
+    "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/proc/interrupts",
+    "/proc/kmsg", "/proc/kallsyms", "/proc/kpagecount", "/proc/kpageflags", "/proc/kpagecgroup",
+    "/proc/slabinfo", "/proc/vmallocinfo", "/proc/iomem", "/proc/ioports", "/proc/modules", "/proc/mtrr",
+    "/proc/config.gz", "/proc/cmdline", "/proc/swaps", "/proc/sysrq-trigger", "/proc/bus", "/proc/fs",
+    "/proc/irq", "/proc/irq/default_smp_affinity", "/proc/sys", "/proc/sys/kernel/core_pattern",
+    "/proc/sys/kernel/hostname", "/proc/sys/kernel/domainname", "/proc/sys/kernel/modprobe",
+    "/proc/sys/kernel/sysrq", "/proc/sys/kernel/shmmax", "/proc/sys/kernel/ns_last_pid",
+    "/proc/sys/fs/binfmt_misc", "/proc/sys/fs/mqueue/msg_max", "/proc/sys/vm/panic_on_oom",
+    "/proc/sys/vm/drop_caches", "/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/core/somaxconn",
+    "/proc/driver", "/proc/dynamic_debug", "/proc/pressure/memory", "/proc/1/mem", "/proc/1/environ",
+    "/proc/1/root", "/proc/1/oom_score_adj", "/proc/self/mem", "/proc/self/exe", "/sys", "/sys/firmware",
+    "/sys/firmware/acpi", "/sys/firmware/memmap", "/sys/kernel/debug", "/sys/kernel/tracing",
+    "/sys/kernel/security", "/sys/kernel/uevent_helper", "/sys/kernel/mm/transparent_hugepage/enabled",
+    "/sys/kernel/vmcoreinfo", "/sys/kernel/kexec_loaded", "/sys/power/state", "/sys/module", "/sys/bus",
+    "/sys/block", "/sys/class/net", "/sys/class/net/lo/mtu", "/sys/fs/cgroup", "/sys/fs/bpf", "/sys/fs/pstore",
+    "/sys/fs/fuse/connections", "/sys/fs/ext4", "/sys/devices/virtual/powercap",
+    "/sys/devices/system/cpu/cpu0/online", "/sys/devices/system/cpu/cpu0/thermal_throttle",
+    "/sys/devices/system/memory", "/sys/hypervisor",
+]
 
 
 def kernel_files():
@@ -480,12 +508,12 @@ def kernel_files():
         if not os.path.lexists(path):
             compare[f"kernel.{path}"] = "absent"
         elif os.path.isdir(path):
-            inside = attempt(lambda: "has entries" if os.listdir(path) else "empty")
-            compare[f"kernel.{path}"] = f"{describe(path)}; {inside}; write {attempt(lambda: access(path, os.W_OK))}"
+            inside = attempt(lambda path=path: "has entries" if os.listdir(path) else "empty")
+            compare[f"kernel.{path}"] = f"{describe(path)}; {inside}; write {attempt(access, path, os.W_OK)}"
         else:
             compare[f"kernel.{path}"] = "; ".join([
-                describe(path), "read " + ("not tried" if path == "/proc/kmsg" else attempt(lambda: taste(path))),
-                "write " + attempt(lambda: os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK)))])
+                describe(path), "read " + ("not tried" if path == "/proc/kmsg" else attempt(taste, path)),
+                "write " + attempt(open_and_close, path, os.O_WRONLY | os.O_NONBLOCK)])
     for top in ("/proc", "/sys"):
         found = {}
         for folder, folders, files in os.walk(top):
@@ -496,7 +524,8 @@ def kernel_files():
                 continue
             for path in [os.path.join(folder, name) for name in files] + [folder]:
                 if not os.path.islink(path) and libc.access(path.encode(), os.W_OK) == 0:
-                    key = path if top == "/proc" and not path.startswith("/proc/sys/") else "/".join(path.split("/")[:4])
+                    single = top == "/proc" and not path.startswith("/proc/sys/")
+                    key = path if single else "/".join(path.split("/")[:4])
                     found[key] = found.get(key, 0) + 1
         compare[f"writable in {top}"] = found
 
@@ -510,23 +539,42 @@ def taste(path):
 
 def cgroups():
     raw["cgroup"] = read("/proc/self/cgroup")
-    compare["cgroup"] = [clean(line) for line in sorted(re.sub(r"^\d+", "N", line) for line in raw["cgroup"].splitlines())]
+    lines = sorted(re.sub(r"^\d+", "N", line) for line in raw["cgroup"].splitlines())
+    compare["cgroup"] = [clean(line) for line in lines]
     for top in sorted({target for target, *_ in mount_table() if target.startswith("/sys/fs/cgroup")}):
         kinds = [mount[4] for mount in mount_table() if mount[0] == top]
         if kinds[-1] in ("cgroup", "cgroup2"):
-            files = [path for path in (os.path.join(top, name) for name in sorted(os.listdir(top)))]
+            files = [os.path.join(top, name) for name in sorted(os.listdir(top))]
             compare[f"cgroup.{top}.writable"] = [path for path in files if libc.access(path.encode(), os.W_OK) == 0]
-            compare[f"cgroup.{top}.mkdir"] = attempt(lambda: os.mkdir(top + "/probe") or os.rmdir(top + "/probe"))
+            compare[f"cgroup.{top}.mkdir"] = attempt(make_and_remove, top + "/probe")
             compare[f"cgroup.{top}.folders"] = len([path for path in files if os.path.isdir(path)])
             for name in ("tasks", "cgroup.procs", "release_agent", "notify_on_release", "devices.allow"):
                 if os.path.exists(f"{top}/{name}"):
-                    compare[f"cgroup.{top}/{name}.write"] = attempt(lambda: os.close(os.open(f"{top}/{name}", os.O_WRONLY)))
+                    compare[f"cgroup.{top}/{name}.write"] = attempt(open_and_close, f"{top}/{name}", os.O_WRONLY)
     compare["cgroup.folder"] = describe("/sys/fs/cgroup") + " " + " ".join(
         clean(describe("/sys/fs/cgroup/" + name)) + " " + name for name in sorted(os.listdir("/sys/fs/cgroup"))
         if os.path.islink("/sys/fs/cgroup/" + name))
 
 
+def make_and_remove(folder):
+    os.mkdir(folder)
+    os.rmdir(folder)
+
+
 # ---------------------------------------------------------------- the network
+
+def rename_and_back(path):
+    os.rename(path, path + "-probe")
+    os.rename(path + "-probe", path)
+
+
+SYSCTLS = [
+    "net/ipv4/ping_group_range", "net/ipv4/ip_unprivileged_port_start", "net/ipv4/ip_forward",
+    "net/ipv4/conf/all/forwarding", "net/ipv6/conf/all/disable_ipv6", "net/ipv6/conf/default/disable_ipv6",
+    "net/ipv4/ip_local_port_range", "net/core/somaxconn", "kernel/shmmax", "kernel/shmall", "kernel/msgmax",
+    "kernel/sem", "fs/mqueue/msg_max", "kernel/keys/maxkeys", "user/max_user_namespaces",
+]
+
 
 def network():
     for name in ("hosts", "hostname", "resolv.conf"):
@@ -536,8 +584,8 @@ def network():
             text = re.sub(r"(?m)^\d+\.\d+\.\d+\.\d+(\s+<HOSTNAME>)", r"<ADDRESS>\1", clean(raw[path]))
             compare[path] = text
             compare[path + ".is"] = describe(path)
-            compare[path + ".write"] = attempt(lambda: access(path, os.W_OK))
-            compare[path + ".unlink"] = attempt(lambda: os.rename(path, path + "-probe") or os.rename(path + "-probe", path))
+            compare[path + ".write"] = attempt(access, path, os.W_OK)
+            compare[path + ".unlink"] = attempt(rename_and_back, path)
     compare["interfaces"] = sorted(name for _, name in socket.if_nameindex())
     probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     for name in compare["interfaces"]:
@@ -550,19 +598,20 @@ def network():
         for word, code in ("address", 0x8915), ("netmask", 0x891B), ("broadcast", 0x8919), ("mac", 0x8927):
             try:
                 answer = fcntl.ioctl(probe, code, request)
-                raw[f"interface.{name}.{word}"] = answer[18:24].hex(":") if word == "mac" else socket.inet_ntoa(answer[20:24])
+                said = answer[18:24].hex(":") if word == "mac" else socket.inet_ntoa(answer[20:24])
+                raw[f"interface.{name}.{word}"] = said
             except OSError as error:
                 raw[f"interface.{name}.{word}"] = name_of(error.errno)
     probe.close()
     raw["routes"] = [line.split()[:8] for line in read("/proc/net/route").splitlines()[1:]]
-    compare["routes"] = [("default" if route[1] == "00000000" else "network") + " flags " + route[3] for route in raw["routes"]]
-    raw["ipv6"] = read("/proc/net/if_inet6").splitlines() if os.path.exists("/proc/net/if_inet6") else "none"
-    compare["ipv6 addresses"] = sorted(line.split()[5] + " scope " + line.split()[3] for line in raw["ipv6"]) if raw["ipv6"] != "none" else "none"
-    for name in """net/ipv4/ping_group_range net/ipv4/ip_unprivileged_port_start net/ipv4/ip_forward net/ipv4/conf/all/forwarding
-            net/ipv6/conf/all/disable_ipv6 net/ipv6/conf/default/disable_ipv6 net/ipv4/ip_local_port_range net/core/somaxconn
-            kernel/shmmax kernel/shmall kernel/msgmax kernel/sem fs/mqueue/msg_max kernel/keys/maxkeys
-            user/max_user_namespaces""".split():
-        compare[f"sysctl.{name}"] = attempt(lambda: " ".join(read("/proc/sys/" + name).split()))
+    compare["routes"] = [
+        ("default" if route[1] == "00000000" else "network") + " flags " + route[3] for route in raw["routes"]]
+    raw["ipv6"] = compare["ipv6 addresses"] = "none"
+    if os.path.exists("/proc/net/if_inet6"):
+        raw["ipv6"] = read("/proc/net/if_inet6").splitlines()
+        compare["ipv6 addresses"] = sorted(f"{line.split()[5]} scope {line.split()[3]}" for line in raw["ipv6"])
+    for name in SYSCTLS:
+        compare[f"sysctl.{name}"] = attempt(words_of, f"/proc/sys/{name}")
     compare["unix abstract sockets"] = len(read("/proc/net/unix").splitlines()) - 1
 
 
@@ -570,7 +619,8 @@ def network():
 
 def actions():
     """What people try, for better or worse. Each in a child, each undone by its end."""
-    case("do mount tmpfs", lambda: syscall(NR["mount"], b"probe", b"/tmp", b"tmpfs", 0, 0) if not privileged() else "not tried")
+    case("do mount tmpfs", lambda: (
+        "not tried" if privileged() else syscall(NR["mount"], b"probe", b"/tmp", b"tmpfs", 0, 0)))
     case("do chroot", lambda: os.chroot("/tmp"))
     case("do sethostname", lambda: socket.sethostname(HOSTNAME))
     case("do set the clock", lambda: time.clock_settime(time.CLOCK_REALTIME, -1))
@@ -598,7 +648,7 @@ def actions():
     case("do write audit", lambda: socket.socket(16, socket.SOCK_RAW, 9).bind((0, 0)))
     case("do oom_score_adj -1000", lambda: write("/proc/self/oom_score_adj", "-1000"))
     case("do oom_score_adj 500", lambda: write("/proc/self/oom_score_adj", "500"))
-    case("do write /proc/sys/kernel/hostname", lambda: os.close(os.open("/proc/sys/kernel/hostname", os.O_WRONLY)))
+    case("do write /proc/sys/kernel/hostname", open_and_close, "/proc/sys/kernel/hostname", os.O_WRONLY)
     case("do kill pid 1 with 0", lambda: os.kill(1, 0))
     case("do read another's file", lambda: on_file(
         lambda path: os.chmod(path, 0) or os.close(os.open(path, os.O_RDONLY))))
@@ -674,7 +724,7 @@ def breakout():
 
 def difference(one, other):
     """The lines that differ; True if there are any."""
-    one, other = (json.load(open(path))["compare"] for path in (one, other))
+    one, other = (json.loads(read(path))["compare"] for path in (one, other))
     keys = [key for key in {**one, **other} if one.get(key, "-") != other.get(key, "-")]
     for key in keys:
         print(f"{key}\n    {one.get(key, '-')}\n    {other.get(key, '-')}")
@@ -685,7 +735,8 @@ def main(arguments):
     if arguments[:1] == ["--diff"]:
         sys.exit(difference(*arguments[1:3]))
     if arguments[:1] == ["--ns"]:
-        print(json.dumps({f"ns.{kind}": os.readlink(f"/proc/self/ns/{kind}") for kind in sorted(os.listdir("/proc/self/ns"))}))
+        kinds = sorted(os.listdir("/proc/self/ns"))
+        print(json.dumps({f"ns.{kind}": os.readlink(f"/proc/self/ns/{kind}") for kind in kinds}))
         return
     sections = (process, mounts, devices, kernel_files, cgroups, network, try_syscalls, try_arguments, actions)
     for section in [section for section in sections if not arguments or section.__name__ in arguments]:

@@ -33,7 +33,8 @@ def escape(tmp_path_factory):
 @pytest.fixture(scope="module")
 def root(pulled, escape, tmp_path_factory):
     """busybox's files, to chroot to, with the program."""
-    [layer] = [path for path in (pulled / "layers").iterdir() if (path / "bin/busybox").exists() and not (path / "x").exists()][:1]
+    layers = (pulled / "layers").iterdir()
+    layer = next(path for path in layers if (path / "bin/busybox").exists() and not (path / "x").exists())
     root = tmp_path_factory.mktemp("chroot") / "root"
     shutil.copytree(layer, root, symlinks=True)
     for name in "proc", "sys", "data", "run":
@@ -57,10 +58,14 @@ def victim():
     process.wait()
 
 
+# Begins a command that runs in a mount namespace, with ./proc
+WITH_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t proc proc proc && exec "$@"', "sh"]
+
+
 def in_chroot(root, *arguments, **options):
     """As people do it by hand: /proc, /sys and a /dev in it. Its mounts vanish with it."""
-    script = 'mount -t proc proc proc && mount -t sysfs sysfs sys && mount -t tmpfs dev dev && exec chroot . /escape "$@"'
-    command = ["unshare", "--mount", "sh", "-c", script, "sh", *map(str, arguments)]
+    script = 'mount -t sysfs sysfs sys && mount -t tmpfs dev dev && exec chroot . /escape "$@"'
+    command = [*WITH_PROC, "sh", "-c", script, "sh", *map(str, arguments)]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, **options)
 
 
@@ -124,8 +129,17 @@ def test_signals_to_a_process_of_the_host(only_chroot_fails, victim):
     assert "No such process" in only_chroot_fails("kill", victim)
 
 
-@pytest.mark.parametrize("path", ["/proc/sys/kernel/core_pattern", "/proc/sys/kernel/modprobe", "/proc/sysrq-trigger",
-                                  "/proc/irq/default_smp_affinity", "/sys/kernel/uevent_helper", "/sys/kernel/mm/ksm/run"])  # fmt: skip
+SETTINGS = [
+    "/proc/sys/kernel/core_pattern",
+    "/proc/sys/kernel/modprobe",
+    "/proc/sysrq-trigger",
+    "/proc/irq/default_smp_affinity",
+    "/sys/kernel/uevent_helper",
+    "/sys/kernel/mm/ksm/run",
+]
+
+
+@pytest.mark.parametrize("path", SETTINGS)
 def test_settings_of_the_whole_machine(only_chroot_fails, path):
     if not os.path.exists(path):
         pytest.skip(f"no {path} here")
@@ -133,7 +147,8 @@ def test_settings_of_the_whole_machine(only_chroot_fails, path):
 
 
 def test_the_release_agent(only_chroot_fails):
-    v1 = [mount["options"] for mount in host.mountinfo() if mount["type"] == "cgroup" and "name=" not in mount["options"]]
+    v1 = [mount["options"] for mount in host.mountinfo() if mount["type"] == "cgroup"]
+    v1 = [options for options in v1 if "name=" not in options]
     if not v1:
         pytest.skip("only cgroup v1 has one")
     assert "not permitted" in only_chroot_fails("release-agent", v1[0].rpartition(",")[2])
@@ -144,7 +159,8 @@ def test_a_file_by_its_handle(only_chroot_fails, escape, secret):
     kind, handle = subprocess.check_output([escape, "print-handle", secret], text=True).split()
     directory = secret.parent / "shared"
     directory.mkdir()
-    assert "not permitted" in only_chroot_fails("by-handle", kind, handle, "/escape", options=["-v", f"{directory}:/data"])
+    volume = ["-v", f"{directory}:/data"]
+    assert "not permitted" in only_chroot_fails("by-handle", kind, handle, "/escape", options=volume)
 
 
 def test_a_socket_without_a_path(only_chroot_fails):
@@ -177,11 +193,11 @@ def test_a_working_directory_that_is_an_open_descriptor(run, root, secret, open_
     """CVE-2024-21626: chdir to /proc/self/fd/N, and there is the host."""
     script = f"cat ../../../../../../../../..{secret}"
     enter = "import os, sys; os.chroot('.'); os.chdir(sys.argv[1]); os.execv('/bin/sh', ['sh', '-c', sys.argv[2]])"
-    chroot = ["unshare", "--mount", "sh", "-c", 'mount -t proc proc proc && exec "$@"', "sh", sys.executable, "-c", enter]
-    done = subprocess.run([*chroot, f"/proc/self/fd/{open_directory}", script], cwd=root, pass_fds=[open_directory],
-                          capture_output=True, text=True)  # fmt: skip
+    chroot = [*WITH_PROC, sys.executable, "-c", enter, f"/proc/self/fd/{open_directory}", script]
+    done = subprocess.run(chroot, cwd=root, pass_fds=[open_directory], capture_output=True, text=True)
     assert done.stdout == SECRET
-    for place in [f"/proc/self/fd/{number}" for number in (3, 5, 6, 7, 8, 9, 10, open_directory)] + ["/proc/1/cwd", "/proc/self/root/.."]:
+    descriptors = [f"/proc/self/fd/{number}" for number in (3, 5, 6, 7, 8, 9, 10, open_directory)]
+    for place in [*descriptors, "/proc/1/cwd", "/proc/self/root/.."]:
         done = run("-w", place, "busybox", "/bin/sh", "-c", script, pass_fds=[open_directory])
         assert done.returncode and SECRET not in done.stdout, place
         assert "Traceback" not in done.stderr
@@ -231,10 +247,13 @@ def test_the_program_that_starts_the_container(run, image, root, tmp_path, comma
     shutil.copytree(root, copy, symlinks=True)
     for info, content in entries:
         path = copy / info.name
-        path.mkdir(exist_ok=True) if info.isdir() else path.symlink_to(info.linkname) if info.issym() else path.write_bytes(content)
-        path.is_symlink() or path.chmod(0o755)
+        if info.issym():
+            path.symlink_to(info.linkname)
+            continue
+        path.mkdir(exist_ok=True) if info.isdir() else path.write_bytes(content)
+        path.chmod(0o755)
     enter = "import os, sys; os.chroot('.'); os.execv(sys.argv[1], [sys.argv[1]])"
-    chroot = ["unshare", "--mount", "sh", "-c", 'mount -t proc proc proc && exec "$@"', "sh", sys.executable, "-c", enter, command]
+    chroot = [*WITH_PROC, sys.executable, "-c", enter, command]
     assert subprocess.run(chroot, cwd=copy, capture_output=True).returncode == 42
     before = python.stat()
     done = run(image({}, entries), command)
@@ -256,7 +275,8 @@ def outside(tmp_path):
 
 
 def listing(directory):
-    return sorted((str(path.relative_to(directory)), path.lstat().st_mode, path.lstat().st_mtime_ns) for path in directory.rglob("*"))
+    statuses = {str(path.relative_to(directory)): path.lstat() for path in directory.rglob("*")}
+    return sorted((path, status.st_mode, status.st_mtime_ns) for path, status in statuses.items())
 
 
 @pytest.mark.parametrize("up", ["", "../../../../../../../../../../.."])
@@ -270,7 +290,8 @@ def test_a_folder_of_the_image_that_is_a_symlink_to_the_host(run, image, tmp_pat
     (copy / "link").symlink_to(f"{up}{place}")
     assert SECRET in (copy / "link/file").read_text()  # that is how one falls for it
     folders = [images.folder("sys")] if name.startswith("sys/") else []
-    done = run("-w", f"/{name}/new", "-v", f"{tmp_path}:/{name}/volume", image({}, [*folders, link]), "sh", "-c", f"cat /{name}/file")
+    options = ["-w", f"/{name}/new", "-v", f"{tmp_path}:/{name}/volume"]
+    done = run(*options, image({}, [*folders, link]), "sh", "-c", f"cat /{name}/file")
     assert SECRET not in done.stdout and "Traceback" not in done.stderr
     assert listing(place) == before
     if name in ("proc", "sys", "dev"):
@@ -320,16 +341,17 @@ def test_rm_follows_no_link_out(run, tmp_path):
 def test_terminal_codes_of_an_image_are_not_shown_raw(store, image):
     """A name that would clear the screen, or worse, in what mocker itself says."""
     nasty = "\033[2J\r\n\x9b31m"
-    done = store("run", image({"Env": [f"A={nasty}"], "Cmd": ["echo", nasty]}), text=False)
-    assert done.stdout == f"{nasty}\n".encode()
-    for done in done, store("run", image({"Env": [f"A={nasty}"], "Cmd": [nasty]}), text=False):
+    echo = store("run", image({"Env": [f"A={nasty}"], "Cmd": ["echo", nasty]}), text=False)
+    assert echo.stdout == f"{nasty}\n".encode()
+    for done in echo, store("run", image({"Env": [f"A={nasty}"], "Cmd": [nasty]}), text=False):
         said = done.stderr.decode()
         assert said and not re.search("[\033\x9b\r]", said) and "Traceback" not in said
 
 
 def test_its_own_limits_cannot_be_lifted(run):
     """The files of its cgroup are there to be read."""
-    script = "for file in $(find /sys/fs/cgroup -name '*max' -o -name '*limit_in_bytes' -o -name 'cgroup.procs'); do (true >$file) 2>/dev/null && echo $file; done; ls /sys/fs/cgroup | wc -l"
+    script = """set -- $(find /sys/fs/cgroup -name '*max' -o -name '*limit_in_bytes' -o -name 'cgroup.procs')
+        for file; do (true >$file) 2>/dev/null && echo $file; done; echo $#"""
     *written, count = run("-m", "64m", "busybox", "sh", "-c", script).stdout.splitlines()
     assert written == [] and int(count) > 0
 

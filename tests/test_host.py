@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import time
 import host
 import images
 import pytest
-from containers import one_line, until
+from containers import free_port, one_line, until
 
 pytestmark = pytest.mark.usefixtures("pulled", "host_as_before")  # in this order
 host_as_before = host.host_as_before
@@ -34,9 +33,9 @@ def ended(pid):
 # ---- runs that end, one way or the other ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [[], ["--rm"], ["--network=none"], ["--network=host"], ["--memory=64m"], ["--read-only"]])
-def test_success(run, options):
-    assert run(*options, "busybox", "true").returncode == 0
+@pytest.mark.parametrize("option", [None, "--rm", "--network=none", "--network=host", "--memory=64m", "--read-only"])
+def test_success(run, option):
+    assert run(*filter(None, [option]), "busybox", "true").returncode == 0
 
 
 def test_a_failing_program(run):
@@ -98,8 +97,9 @@ MOMENTS = [0.02, 0.05, 0.08, 0.11, 0.14, 0.17, 0.2, 0.25, 0.3, 0.4]  # seconds: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_at_any_moment_of_a_start(store, number):
     """The program ends at the first one that reaches it; mocker itself at once, and nothing is left."""
+    script = "trap 'exit 9' HUP INT TERM; while :; do sleep 0.01; done"
     for moment in MOMENTS:
-        process = store.popen("run", "--rm", "busybox", "sh", "-c", "trap 'exit 9' HUP INT TERM; while :; do sleep 0.01; done")
+        process = store.popen("run", "--rm", "busybox", "sh", "-c", script)
         time.sleep(moment)
         deadline = time.monotonic() + 20
         while process.poll() is None and time.monotonic() < deadline:
@@ -123,7 +123,7 @@ def test_kill_9_at_any_moment(store, options):
         process.kill()
         process.communicate()
         with contextlib.suppress(AssertionError):
-            until(lambda: all(map(ended, inside)), seconds=5)
+            until(lambda pids=inside: all(map(ended, pids)), seconds=5)
         alive = [host.describe_process(pid) for pid in inside if not ended(pid)]
         assert store("images").returncode == 0
         assert not alive, f"killed after {moment} s, its container lives on"
@@ -140,11 +140,6 @@ def test_after_kill_9_the_next_command_says_what_it_does(store, start):
     assert container.id in done.stderr and "killed" in done.stderr
     assert not (store.home / "containers" / container.id).exists()
     assert store("images").stderr == ""
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def test_kill_9_leaves_the_other_containers_alone(store, start, run):
@@ -167,6 +162,15 @@ def test_another_s_leftovers_are_no_hindrance(store, run):
         pass
     assert run("busybox", "true").returncode == 0
     assert not os.path.exists("/run/mocker/0badcafe.json")
+
+
+def test_a_damaged_entry_stops_no_command(store):
+    """In a /run of its own, or other mockers here would see it, too. Somebody holds it: nothing is cleared away."""
+    plant = "mount -t tmpfs run /run && mkdir /run/mocker && echo '!}' >/run/mocker/0badcafe.json"
+    script = f'{plant} && exec 9</run/mocker/0badcafe.json && flock 9 && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", *store.command(["images"])]
+    done = subprocess.run(command, env=store.env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- in a row, and at once -----------------------------------------------------------------------
@@ -233,31 +237,31 @@ def test_three_runs_at_once_of_an_image_that_is_not_there(mocker):
 # ---- a poor host ---------------------------------------------------------------------------------
 
 
-def test_a_full_disk(store, pulled):
-    """MOCKER_HOME on a disk where nothing fits any more."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "mocker-small", store.home], check=True)
+@contextlib.contextmanager
+def small_disk(store, pulled, size):
+    """MOCKER_HOME on a disk of its own, with busybox in it."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "mocker-small", store.home], check=True)
     try:
         for name in "blobs", "layers":
             (store.home / name).symlink_to(pulled / name)
         (store.home / "library_busybox.json").write_bytes((pulled / "library_busybox.json").read_bytes())
+        yield
+    finally:
+        subprocess.run(["umount", store.home], check=True)
+
+
+def test_a_full_disk(store, pulled):
+    """Nothing fits any more."""
+    with small_disk(store, pulled, "64k"):
         with contextlib.suppress(OSError), open(store.home / "filler", "wb", buffering=0) as file:
             while file.write(bytes(4096)):
                 pass
         one_line(store("run", "-q", "busybox", "true"), "No space left")
-    finally:
-        subprocess.run(["umount", store.home], check=True)
 
 
 def test_a_log_that_does_not_fit_does_not_stop_the_container(store, pulled):
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "mocker-small", store.home], check=True)
-    try:
-        for name in "blobs", "layers":
-            (store.home / name).symlink_to(pulled / name)
-        (store.home / "library_busybox.json").write_bytes((pulled / "library_busybox.json").read_bytes())
-        done = store("run", "-q", "busybox", "seq", 200_000)
-        assert done.stdout.count("\n") == 200_000
-    finally:
-        subprocess.run(["umount", store.home], check=True)
+    with small_disk(store, pulled, "300k"):
+        assert store("run", "-q", "busybox", "seq", 200_000).stdout.count("\n") == 200_000
 
 
 @pytest.mark.parametrize("command", [["run", "busybox", "true"], ["pull", "busybox"]])
@@ -271,11 +275,13 @@ def test_not_root(store, command):
 
 def test_a_root_without_cap_sys_admin(store):
     plain = ["setpriv", "--bounding-set=-sys_admin"]
-    done = subprocess.run([*plain, *store.command(["run", "busybox", "true"])], env=store.env, capture_output=True, text=True)
+    command = [*plain, *store.command(["run", "busybox", "true"])]
+    done = subprocess.run(command, env=store.env, capture_output=True, text=True)
     one_line(done, "CAP_SYS_ADMIN", "privileged")
 
 
 def test_not_linux(store):
-    program = "import runpy, sys; sys.platform = 'darwin'; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    program = "import runpy, sys; sys.platform = 'darwin'; sys.argv = sys.argv[1:]; "
+    program += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", program, *store.command(["run", "busybox", "true"])[1:]]
     one_line(subprocess.run(command, env=store.env, capture_output=True, text=True), "Linux")

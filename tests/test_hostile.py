@@ -206,35 +206,17 @@ def test_redirects_without_end(where, pull, home, fake):
     assert len(fake.requests) < 40
 
 
-CHALLENGES = [
-    "",
-    "Bearer",
-    "Bearer realm=",
-    'Bearer realm="',
-    'Bearer realm=""',
-    'Bearer realm="x',
-    "Bearer ,,,===",
-    'Bearer realm="file:///etc/passwd"',
-    'Bearer realm="ftp://127.0.0.1/"',
-    'Bearer realm="/token"',
-    'Bearer realm="http://["',
-    'Bearer realm="http://"',
-    'Bearer realm="http://127.0.0.1:1/token"',
-    'Bearer realm="URL/token",service=",scope="',
-    'Bearer realm="URL/\x9b31m"',
-    "Negotiate",
-    "Basic",
-    'Digest realm="x", nonce="y"',
-    "\x9b31m red",
-]
+REALMS = [*PLACES, f"ftp://{'x' * 9000}", "/token", "URL/\x9b31m"]
+BROKEN = ["", "Bearer", "Bearer realm=", 'Bearer realm="', 'Bearer realm="x', "Bearer ,,,===", "\x9b31m red"]
+BROKEN += ['Bearer realm="URL/token",service=",scope="', "Negotiate", "Basic", 'Digest realm="x", nonce="y"']
 
 
-@pytest.mark.parametrize("challenge", CHALLENGES)
+@pytest.mark.parametrize("challenge", [*(f'Bearer realm="{realm}"' for realm in REALMS), *BROKEN])
 def test_broken_challenges(challenge, pull, home, fake):
     fake.intercept = lambda handler: [
         handler.answer(401, b"{}", {"WWW-Authenticate": challenge.replace("URL", fake.url)})
     ]
-    refused(pull(), home)
+    assert "secret" not in refused(pull(), home)
     assert len(fake.requests) < 20
 
 
@@ -391,15 +373,8 @@ def proxy():
         listening.shutdown(socket.SHUT_RDWR)
 
 
-SECURE = [
-    "registry.invalid/x",
-    "127.evil.invalid/x",
-    "127.0.0.1.invalid:5000/x",
-    "localhost.invalid/x",
-    "Upper/x",
-    "0x7f.1/x",
-    "[::2]/x",
-]
+SECURE = ["registry.invalid/x", "127.evil.invalid/x", "127.0.0.1.invalid:5000/x", "localhost.invalid/x"]
+SECURE += ["Upper/x", "0x7f.1/x", "[::2]/x"]
 
 
 @pytest.mark.parametrize("name", SECURE)
@@ -413,7 +388,7 @@ def test_every_other_host_is_asked_by_https_through_the_proxy(name, quick, home,
 def test_where_http_is_allowed(name, quick, home, proxy):
     env = {"http_proxy": proxy[0], "https_proxy": proxy[0], "MOCKER_INSECURE": "other,registry.invalid:5000"}
     quick("pull", "-q", name, env=env)
-    assert [line.startswith("CONNECT") for line in proxy[1]] == [":5000" not in name] * len(proxy[1])
+    assert {line.startswith("CONNECT") for line in proxy[1]} == {":5000" not in name}
 
 
 def test_the_proxy_is_not_asked_for_this_machine(pull, fake, proxy):
@@ -788,6 +763,10 @@ ESCAPES = {
         [folder("etc"), file("etc/new", b"evil")],
         [folder("a/d"), hardlink("a/d/new", "etc/new"), whiteout("a/d"), file("a", b""), symlink("a", "V/..")],
     ],
+    "a hard link to a lower file, then a link in its place": [
+        [folder("etc"), file("etc/new", b"evil")],
+        [hardlink("d", "etc/new"), symlink("d", "V/new"), hardlink("e", "etc/new"), symlink("e", "V/secret")],
+    ],
     "parents that become a link": [
         [folder("d", 0o777), folder("d/sub", 0o777)],
         [file("d/sub/x", b"x"), symlink("d", "V")],
@@ -877,10 +856,18 @@ def pax(name, headers, kind=tarfile.REGTYPE, content=b""):
 
 END = bytes(1024)
 DEEP = ["/".join("d" * depth) for depth in range(1, 1500)]
+LONG = "/".join(["\x1b" * 200] * 15)
 ODD = {
+    "an unknown type under a long name": layer([entry(LONG, b"Z", 0o644)]),
+    "a hard link to itself under a long name": layer([hardlink(LONG, LONG)]),
+    "a hard link to nowhere under a long name": layer([hardlink("f", LONG)]),
     "a hard link to itself": layer([hardlink("f", "f")]),
     "a hard link to itself, by another name": layer([file("f"), hardlink("f", "./f")]),
     "a hard link to a folder": layer([folder("d"), hardlink("f", "d")]),
+    "a hard link to a lower file, then a folder": layer([hardlink("f", "lower"), folder("f")]),
+    "a hard link to a lower file, then something in it": layer([hardlink("f", "lower"), file("f/x")]),
+    "a hard link to a lower file, and its whiteout": layer([hardlink("f", "lower"), whiteout("f")]),
+    "a hard link to a hard link to a lower file": layer([hardlink("f", "lower"), hardlink("g", "f")]),
     "hard links in a circle": layer([hardlink("a", "b"), hardlink("b", "a")]),
     "links in a circle": layer([symlink("a", "b"), symlink("b", "a"), file("a/f"), folder("b/d")]),
     "a link to itself": layer([symlink("a", "a"), file("a/f")]),
@@ -1130,7 +1117,7 @@ ENTRIES = st.lists(
     st.one_of(
         NAMES.map(folder),
         st.tuples(NAMES, st.binary(max_size=3)).map(lambda pair: file(*pair)),
-        NAMES.map(lambda name: symlink(name, "nowhere")),
+        st.sampled_from(["a/y", "b/y"]).map(lambda name: symlink(name, "nowhere")),  # umoci makes what is below there
         st.sampled_from(["a/x", "a/y", "b/x"]).map(whiteout),
         st.sampled_from(["a", "b"]).map(opaque),
     ),
@@ -1139,17 +1126,20 @@ ENTRIES = st.lists(
 ).map(lambda entries: [folder("a"), folder("b"), *entries])  # umoci makes no folder for a whiteout, Docker does
 
 
-@settings(many, max_examples=40)
+@settings(many, max_examples=25)
 @given(layers=st.lists(ENTRIES, min_size=2, max_size=3))
 def test_any_layers_unpack_like_umocis(layers, pull, home, fake, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("any")
     descriptor = fake.layout.image([layer(entries) for entries in layers])
     fake.put("library/x", descriptor)
-    ok = fine_or_refused(pull(), home)
+    assert fine_or_refused(pull(), home)
+    fake.layout._write_index([])  # or there would be many that are called latest
     fake.layout.tag(descriptor)
     command = ["umoci", "unpack", "--image", f"{fake.layout.path}:latest", scratch / "bundle"]
     umoci = subprocess.run(command, capture_output=True, text=True)
-    if ok and umoci.returncode == 0:
+    if umoci.returncode:  # it makes no folder in the place of a file of a lower layer
+        assert "not a directory" in umoci.stderr
+    else:
         listings = oracle.rootfs_listing(scratch / "bundle/rootfs"), store.rootfs(home, "library_x.json", scratch)
         assert oracle.listing_difference(*listings, without=["mtime"]) == []
     for stored in home.glob("library*"):

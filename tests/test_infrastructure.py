@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 
 import images
+import oracle
 import pytest
 
 HELLO = "/v2/library/hello-world/manifests/latest"
@@ -111,9 +112,8 @@ CAPABILITIES = [
 
 @contextlib.contextmanager
 def running_under_runc(name, bundle):
-    """Run the image as its config says; gives the pid and runc's process."""
+    """Run the image as its config says; gives the pid and the config."""
     layout = images.image(name)
-    output("umoci", "unpack", "--image", f"{layout}:latest", bundle)
     [latest] = json.loads((layout / "index.json").read_text())["manifests"]
     image = images.read_blob(layout, images.read_blob(layout, latest)["config"])["config"]
     config = json.loads((bundle / "config.json").read_text())
@@ -144,16 +144,13 @@ def running_under_runc(name, bundle):
         ("postgres", 5432, r"\0\0\0\x08\x04\xd2\x16\x2f", "N"),  # SSL? No.
     ],
 )
-def test_servers(name, port, question, answer, tmp_path):
+def test_servers(name, port, question, answer):
     ask = ["bash", "-c", ASK.format(port=port, question=question)]
-    with running_under_runc(name, tmp_path / "bundle") as (pid, image):
+    with oracle.unpacked(images.image(name)) as bundle, running_under_runc(name, bundle) as (pid, image):
         assert f"{port}/tcp" in image["ExposedPorts"]
         deadline = time.monotonic() + 60
         said = b""
         while answer.encode() not in said and time.monotonic() < deadline:
             time.sleep(0.2)
-            asked = subprocess.run(
-                ["nsenter", "-t", pid, "-n", *ask], check=False, capture_output=True
-            )
-            said = asked.stdout
+            said = subprocess.run(["nsenter", "-t", pid, "-n", *ask], check=False, capture_output=True).stdout
     assert answer.encode() in said

@@ -12,7 +12,7 @@ import urllib.request
 import host
 import oracle
 import pytest
-from containers import one_line, until
+from containers import free_port, one_line, until
 
 pytestmark = pytest.mark.usefixtures("host_as_before_all")
 
@@ -31,12 +31,6 @@ def get(address, port=80):
             return answer.read().decode()
 
     return until(ask, f"no answer from {address}:{port}", 10)
-
-
-def free_port(kind=socket.SOCK_STREAM):
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 # ---- the bridge, and who is on it ----------------------------------------------------------------
@@ -193,8 +187,9 @@ def ip(*arguments, where=()):
 
 def fetch(where, address, port):
     """What a web server answers to one who asks from a network namespace."""
-    script = f"import urllib.request; print(urllib.request.urlopen('http://{address}:{port}/', timeout=10).read().decode(), end='')"
-    return subprocess.run([*where, sys.executable, "-c", script], capture_output=True, text=True).stdout
+    script = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=9).read().decode(), end='')"
+    command = [*where, sys.executable, "-c", script, f"http://{address}:{port}/"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def test_what_it_sends_leaves_under_the_host_s_address(run, internet):

@@ -38,7 +38,8 @@ def normal(text):
 
 def test_the_readme_s_commands_print_what_it_shows(hub, mocker):
     for words, shown in transcripts():
-        done = mocker(*words, env={"MOCKER_HUB": hub.url}, capture_output=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        output = {"capture_output": False, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = mocker(*words, env={"MOCKER_HUB": hub.url}, **output)
         assert normal(done.stdout) == normal(shown), f"./mocker.py {' '.join(words)}"
 
 

@@ -78,9 +78,7 @@ def test_entrypoint_and_command(run, image, config, options, command, said):
 
 @pytest.mark.parametrize("options", [[], ["--entrypoint="]])
 def test_no_command_at_all(run, image, options):
-    name = image(E if options else {})
-    run(name)
-    one_line(run(*options, name), "no command")
+    one_line(run(*options, image(E if options else {})), "no command")
 
 
 def test_arguments_reach_the_program_as_they_are(store):
@@ -378,7 +376,8 @@ def test_the_overlay_is_gone_with_the_container(start):
 
 
 @pytest.mark.parametrize(
-    "path", ["/proc/sys/kernel/panic", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity", "/sys/kernel/mm/ksm/run"]
+    "path",
+    ["/proc/sys/kernel/panic", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity", "/sys/kernel/mm/ksm/run"],
 )
 def test_kernel_settings_are_read_only(run, path):
     if not os.path.exists(path):
@@ -395,7 +394,8 @@ def test_what_tells_too_much_is_hidden(run, path):
 
 
 def test_dev(run):
-    script = "ls /dev; echo x >/dev/null; head -c 2 /dev/zero | od -An -tx1; head -c 9 /dev/urandom | wc -c; echo x >/dev/full"
+    script = "ls /dev; echo x >/dev/null; head -c 2 /dev/zero | od -An -tx1; head -c 9 /dev/urandom | wc -c; "
+    script += "echo x >/dev/full"
     done = run("busybox", "sh", "-c", script)
     *names, zeros, number = done.stdout.split("\n")[:-1]
     links = ["fd", "ptmx", "stderr", "stdin", "stdout"]
@@ -405,7 +405,8 @@ def test_dev(run):
 
 
 def test_shared_memory_and_tmp_can_be_written(run):
-    assert run("-u", "daemon", "busybox", "sh", "-c", "echo 1 >/dev/shm/x; echo 2 >/tmp/x; cat /dev/shm/x /tmp/x").stdout == "1\n2\n"
+    script = "echo 1 >/dev/shm/x; echo 2 >/tmp/x; cat /dev/shm/x /tmp/x"
+    assert run("-u", "daemon", "busybox", "sh", "-c", script).stdout == "1\n2\n"
 
 
 def test_output_appears_as_it_comes(start):

@@ -5,7 +5,7 @@ import signal
 import socket
 
 import pytest
-from containers import until
+from containers import free_port, until
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +38,11 @@ def test_a_server(name, registry, store, start):
     registry.need(f"library/{name}")
     store("pull", "-q", name, check=True, timeout=300)
     port, question, expected, stop = SERVERS[name]
-    server = start("--rm", "-p", f"18080:{port}", f"library/{name}")
+    published = free_port()
+    server = start("--rm", "-p", f"{published}:{port}", f"library/{name}")
     until(lambda: expected in answer(server.address, port, question), f"{name} does not answer", seconds=120)
     assert server.address.startswith("10.0.")
-    assert expected in answer("127.0.0.1", 18080, question)
+    assert expected in answer("127.0.0.1", published, question)
     os.kill(server.process.pid, stop)
     server.process.communicate(timeout=60)
     assert server.process.returncode in (0, 128 + stop, 143), server.process.returncode

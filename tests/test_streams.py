@@ -66,8 +66,8 @@ def test_a_reader_that_does_not_block(run, store):
 def test_a_reader_that_has_seen_enough(store, stream):
     """mocker run busybox yes | head -1"""
     reader, writer = os.pipe()
-    ends = {"stdout": writer, "stderr": subprocess.PIPE} if not stream else {"stdout": subprocess.PIPE, "stderr": writer}
-    process = store.popen("run", "-q", "busybox", "sh", "-c", f"yes {stream}", stdin=subprocess.DEVNULL, **ends)
+    ends = {"stdin": subprocess.DEVNULL, "stderr" if stream else "stdout": writer}
+    process = store.popen("run", "-q", "busybox", "sh", "-c", f"yes {stream}", **ends)
     os.close(writer)
     assert os.read(reader, 2) == b"y\n"
     os.close(reader)
@@ -118,8 +118,8 @@ def test_closed_descriptors(store, tmp_path, closed, options):
     words = " ".join(f"{number}>&-" if number else "<&-" for number in closed)
     script = "echo out; echo err >&2; echo ran >/shared/file; read line; exit 7"
     command = store.command(["run", *options, "-v", volume, "busybox", "sh", "-c", script])
-    done = subprocess.run(["sh", "-c", f'exec "$@" {words}', "sh", *command], env=store.env, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, timeout=20)  # fmt: skip
+    settings = {"env": store.env, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 20}
+    done = subprocess.run(["sh", "-c", f'exec "$@" {words}', "sh", *command], **settings)
     assert (tmp_path / "file").read_text() == "ran\n"
     assert done.returncode == 7
     assert done.stdout == ("" if 1 in closed else "out\n")
@@ -208,7 +208,8 @@ def screen(store):
 
 
 def test_a_terminal(screen):
-    shell = screen("-it", "busybox", "sh", "-c", "tty; stty size; echo $TERM; test -t 0 -a -t 1 -a -t 2 && echo three; exit 9")
+    script = "tty; stty size; echo $TERM; test -t 0 -a -t 1 -a -t 2 && echo three; exit 9"
+    shell = screen("-it", "busybox", "sh", "-c", script)
     assert shell.end() == 9
     assert shell.said.split("\r\n")[:4] == ["/dev/pts/0", "33 101", "xterm", "three"]
 
@@ -231,7 +232,8 @@ def test_end_of_file_on_the_terminal_ends_a_shell(screen):
 
 
 def test_control_c_reaches_the_program_and_not_mocker(screen):
-    shell = screen("-it", "busybox", "sh", "-c", "trap 'echo caught; exit 3' INT; echo ready; while :; do sleep 1; done")
+    script = "trap 'echo caught; exit 3' INT; echo ready; while :; do sleep 1; done"
+    shell = screen("-it", "busybox", "sh", "-c", script)
     shell.see("ready")
     shell.type(b"\x03")
     assert shell.end() == 3
@@ -311,15 +313,16 @@ def test_without_i_the_terminal_s_keys_are_left_alone(screen):
 
 # ---- signals -------------------------------------------------------------------------------------
 
-TRAPS = "; ".join(f"trap 'echo {name}; exit {40 + number}' {name}" for number, name in enumerate(["HUP", "INT", "QUIT", "TERM", "USR1", "USR2"]))
+SIGNALS = ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2"]
+TRAPS = "; ".join(f"trap 'echo {name}; exit {40 + number}' {name}" for number, name in enumerate(SIGNALS))
 
 
-@pytest.mark.parametrize("name", ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2"])
+@pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_is_passed_on(start, name):
     container = start("busybox", "sh", "-c", f"{TRAPS}; echo ready; while :; do sleep 0.1; done")
     assert container.process.stdout.readline() == "ready\n"
     container.process.send_signal(getattr(signal, f"SIG{name}"))
-    assert container.process.wait(20) == 40 + ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2"].index(name)
+    assert container.process.wait(20) == 40 + SIGNALS.index(name)
     assert container.process.stdout.read() == f"{name}\n"
 
 
