@@ -289,7 +289,7 @@ class Registry:
     def get(self, path, **headers):
         """GET, with a token if the registry's challenge asks for one. MockerError says what is wrong."""
         try:
-            for _ in range(3):  # without a token, with one that has expired, with a fresh one
+            for _ in range(ATTEMPTS):  # without a token, with one that has expired, with a fresh one
                 response = self.ask(f"{self.base}/v2/{self.reference.repository}/{path}", headers=headers, stream=True)
                 if response.status_code != 401 or "WWW-Authenticate" not in response.headers:
                     break
@@ -702,7 +702,7 @@ class Unpacker:
             self.names += [member.name] if len(self.names) < 10 else []
             self.place(tar, member, os.path.normpath("/" + member.name.lstrip("/")))
         file.seek(tar.offset)
-        check(not file.read(512).strip(b"\0"), "a layer has a damaged header: pull again")  # tarfile: the end
+        check(not file.read(1024).strip(b"\0"), "a layer has a damaged header: pull again")  # tarfile: the end
         for path, stamp in self.times.items():
             os.utime(path, ns=(stamp, stamp))
 
@@ -2432,15 +2432,20 @@ def make_server(address, port, answer):
 
         def do_GET(self):
             asked = url.urlsplit(self.path)
-            with contextlib.suppress(ConnectionError):  # a client that hangs up is no news
-                answer(self, asked.path, dict(url.parse_qsl(asked.query)))
+            answer(self, asked.path, dict(url.parse_qsl(asked.query)))
 
         do_HEAD = do_GET
 
         def log_message(self, text, *values):
             say(f"{self.client_address[0]} {self.requestline.partition('?')[0]}")
 
-    return http_server.ThreadingHTTPServer((address, port), Request)
+    class Server(http_server.ThreadingHTTPServer):
+        def handle_error(self, *_):
+            """A client that hangs up, or never spoke HTTP, is no news."""
+            if not isinstance(sys.exc_info()[1], (ConnectionError, UnicodeError)):
+                raise
+
+    return Server((address, port), Request)
 
 def reply(request, status, body=b"", kind="application/json", size=None, **headers):
     """Status, headers and, unless it is a HEAD, the body: a document, bytes, or an open file."""
@@ -2512,8 +2517,7 @@ def clean(arguments):
     """
     need_root("clean")
     with partial_directory(), locked(JOURNALS):
-        if not journals():
-            HOST.undo()
+        leave_host()
     for container in all_containers() if arguments["--containers"] else ():
         if container["id"] not in journals():
             delete_directory(store("containers", container["id"]))
@@ -2564,7 +2568,8 @@ def guarded(function, *arguments):
     try:
         return function(*arguments)
     except MockerError as error:
-        write_line(f"mocker: {error}", "error")
+        text = str(error)  # names in it may be long
+        write_line(f"mocker: {text if len(text) < 900 else f'{text[:500]}…{text[-300:]}'}", "error")
         return error.status
     except ModuleNotFoundError as error:
         write_line(f"mocker: the Python package '{error.name}' is missing: pip install -r requirements.txt, "
