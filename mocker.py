@@ -328,10 +328,10 @@ class Registry:
 
     def fetch_token(self, asked, credentials):
         """From the realm, a token that allows this pull and no more. It may expire in mid-pull."""
-        realm, wanted = asked.get("realm", ""), {"scope": f"repository:{self.reference.repository}:pull"}
+        realm, scope = asked.get("realm", ""), f"repository:{self.reference.repository}:pull"
         check(realm.startswith("https://") or realm.startswith("http://") and self.base.startswith("http://"),
               f"{self.host} sends to '{realm}' for a token: only https is asked")
-        wanted.update({"service": asked["service"]} if "service" in asked else {})
+        wanted = {"service": asked.get("service"), "scope": scope}
         response = self.ask(realm, params=wanted, auth=credentials, headers={"Authorization": None})
         if response.status_code != 200:
             raise self.refusal(response)
