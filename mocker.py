@@ -561,7 +561,8 @@ def write_file(path, content):
         raise
 
 def need_disk():
-    """Layers need whiteouts, and an overlay keeps those for itself. But what else is / inside docker?"""
+    """Layers need whiteouts, and an overlay keeps those for itself; but what else is / inside docker? And a
+    store has setuid programs and device nodes of images, which are for nobody on this machine."""
     os.makedirs(HOME, exist_ok=True)
     try:
         os.mknod(store(f"{os.getpid()}.probe"), stat.S_IFCHR, 0)  # as overlayfs marks a whiteout
@@ -570,6 +571,9 @@ def need_disk():
         say(f"{HOME} lies on an overlay, which can't hold layers: it gets a tmpfs, and is lost with the machine; "
             f"in docker, -v mocker:{HOME} keeps it")
         mount("tmpfs", HOME, "tmpfs", MS_NODEV, "mode=755")
+    for part in "layers", "containers", "partial":
+        os.makedirs(store(part), exist_ok=True)
+        os.chmod(store(part), 0o700)
 
 @contextlib.contextmanager
 def locked(directory, wait=True):
@@ -709,6 +713,8 @@ class Unpacker:
     def place(self, tar, member, path):
         """One member of the tar. A later one replaces an earlier one, and what the layers below have there."""
         folder, name = os.path.split(path)
+        folder = folder if folder in self.times else os.path.realpath(folder)  # a symlink may lead there
+        path = os.path.join(folder, name)
         if name.startswith(".wh."):
             return self.whiteout(folder, name[len(".wh.") :])
         check(member.type in tarfile.SUPPORTED_TYPES, f"a layer has '{member.name}' of unknown type: broken")
@@ -841,6 +847,7 @@ def fetch_layer(reference, authorization, number, blob, diff_ids, partial):
         os.unlink(f"{directory}.tar")
     with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
         os.rename(f"{directory}/upper", layer)
+    check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
     return names
 
 def draw_progress(layers):
@@ -868,8 +875,8 @@ def fetch_layers(registry, layers, diff_ids, partial):
     """Fetch the layers, and unpack each
 
     A layer is a tar of what one build step changed: the files it added, and whiteouts, names that
-    begin with `.wh.`, for those it deleted. Three workers download and unpack at a time, each
-    chrooted into the directory that it fills; a layer that is there already is not fetched again.
+    begin with `.wh.`, for those it deleted. Three workers download at a time, and unpack in order,
+    each chrooted into an overlay of the layers below; what is there already is not fetched again.
     See the OCI image-spec, layer.md. Look: ls ~/mocker/layers
     """
     chain, missing = chain_ids(diff_ids), []
@@ -1129,19 +1136,19 @@ class Journal:
         """In reverse. If one fails the others are done all the same, and the journal stays."""
         with contextlib.ExitStack() as undo:
             for line in read_kernel_file(self.path).splitlines():
-                with contextlib.suppress(ValueError):  # a line that was being written when we were killed
+                with contextlib.suppress(ValueError, KeyError):  # it was being written when we were killed
                     name, *arguments = json.loads(line)
                     undo.callback(globals()[name], *arguments)
         os.unlink(self.path)
 
 HOST = Journal("host")
 
-def journals():
+def container_ids():
     """The ids of the containers that run, and of those whose mocker was killed."""
     return [name for name in os.listdir(JOURNALS) if name != "host"] if os.path.isdir(JOURNALS) else []
 
 @contextlib.contextmanager
-def journal(id):
+def held_journal(id):
     """A container's, held while it runs. Its end is undisturbed, whatever signal comes."""
     with locked(JOURNALS):  # nobody sweeps between our making it and our locking it
         holder = os.open(f"{JOURNALS}/{id}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -1151,25 +1158,31 @@ def journal(id):
     finally:
         for number in FORWARDED:
             signal.signal(number, signal.SIG_IGN)
-        Journal(id).undo()
+        undo_or_say(Journal(id).undo)
         with locked(JOURNALS):
-            leave_host()
+            undo_or_say(leave_host)
+
+def undo_or_say(undo):
+    try:
+        undo()
+    except Exception as error:  # the next mocker tries again, and what was to be done now goes on
+        say(f"not all could be undone: {error}")
 
 def leave_host():
     """The last container to go puts the host back as it was. The caller holds the lock."""
-    if not journals() and os.path.exists(HOST.path):
+    if not container_ids() and os.path.exists(HOST.path):
         HOST.undo()
 
 def sweep():
     """What a killed mocker left is cleared away by the next command."""
     if os.geteuid() == 0 and os.path.isdir(JOURNALS) and os.listdir(JOURNALS):
         with locked(JOURNALS):
-            for id in journals():
+            for id in container_ids():
                 with contextlib.suppress(BlockingIOError, FileNotFoundError), open(f"{JOURNALS}/{id}") as file:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     say(f"clearing away container {id}, whose mocker was killed")
-                    Journal(id).undo()
-            leave_host()
+                    undo_or_say(Journal(id).undo)
+            undo_or_say(leave_host)
 
 def restore_file(path, value):
     with contextlib.suppress(MockerError):  # it may be gone
@@ -1191,6 +1204,7 @@ def remove_empty(directory):
 
 DEVICES = ["null", "zero", "full", "random", "urandom", "tty"]
 LINKS = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}  # to /proc/self/fd
+FEATURES = "index=off,metacopy=off,redirect_dir=off"  # a layer is not to depend on this kernel's defaults
 ETC_FILES = ("hosts", "hostname", "resolv.conf")
 # What /proc and /sys tell or do about the whole machine (as runc has it)
 MASKED = ("/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
@@ -1247,7 +1261,7 @@ def mount_overlay(layers, directory):
         os.symlink(layer, str(number))  # short names: overlayfs' options must fit in one page
     copy_metadata("0", "../upper")  # the root directory itself is seen as the upper's
     lower = ":".join(map(str, range(len(layers) or 1)))
-    mount("overlay", "../rootfs", "overlay", MS_NODEV, f"lowerdir={lower},upperdir=../upper,workdir=../work")
+    mount("overlay", "../rootfs", "overlay", MS_NODEV, f"{FEATURES},lowerdir={lower},upperdir=../upper,workdir=../work")
 
 @step()
 def take_along(container):
@@ -1351,9 +1365,12 @@ def mask_paths(container):
         mount(*("tmpfs", path, "tmpfs", MS_RDONLY) if os.path.isdir(path) else ("/dev/null", path, "", MS_BIND))
 
 def copy_metadata(source, target):
-    """Owner, mode, times and xattrs."""
+    """Owner, mode, times and xattrs, but for overlayfs' own."""
     shutil.chown(target, os.stat(source).st_uid, os.stat(source).st_gid)
     shutil.copystat(source, target)
+    for name in os.listxattr(target):
+        if name.startswith("trusted.overlay."):
+            os.removexattr(target, name)
 
 def write_etc(container):
     """hosts, hostname and resolv.conf, as docker writes them, to be mounted over the image's."""
@@ -1441,7 +1458,7 @@ def create_network(container, undo):
     id = container.id
     with locked(JOURNALS):
         subnet = create_bridge()
-        taken = " ".join(read_kernel_file(f"{JOURNALS}/{other}") for other in journals())
+        taken = " ".join(read_kernel_file(f"{JOURNALS}/{other}") for other in container_ids())
         free = [f"{subnet}.{n}" for n in range(3, 255) if f'"{subnet}.{n}"' not in taken]
         check(free, f"all addresses of {subnet}.0/24 are in use: stop a container, or run with --network=none")
         container.address, container.gateway = free[0], f"{subnet}.1"
@@ -2018,7 +2035,7 @@ def run(arguments):
     need_root("run")
     need_disk()
     container = Container(find_image(arguments["<name>"]), arguments)
-    with journal(container.id) as undo:
+    with held_journal(container.id) as undo:
         create_container(container, undo)
         create_cgroup(container, undo)
         create_network(container, undo)
@@ -2185,8 +2202,9 @@ def all_containers():
     return found
 
 def delete_directory(directory):
-    if not os.path.ismount(f"{directory}/rootfs"):  # it would empty the volumes
-        shutil.rmtree(directory, ignore_errors=True)
+    # If something is still mounted there, volumes would be emptied.
+    if f" {os.path.realpath(directory)}/" not in read_kernel_file("/proc/self/mountinfo"):
+        run_tool(["rm", "-rf", directory])
         remove_empty(os.path.dirname(directory))
 
 # ── Its first process ──────────────────────────────────────────────────────────────────────────────
@@ -2222,7 +2240,7 @@ def fork(function, *arguments):
 
 def go_inside(container, wire, mocker):
     die_with(mocker)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.setsid()
@@ -2283,6 +2301,7 @@ def execute(container):
         say(f'Running "{" ".join(container.arguments)}"')
         for variable, value in container.environment.items():
             say(f"Setting ENV {variable}={value}")
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # which Python had ignored
         os.execve(name if "/" in name else found[0], container.arguments, container.environment)
     except OSError as error:  # as a shell: 127 if it, or its interpreter, is not there; 126 if it can't be run
         raise MockerError(f'exec "{name}": {error.strerror}: look into the image, or give another command',
@@ -2295,7 +2314,11 @@ def attend(container):
     handle = os.pidfd_open(container.pid)
     try:
         write_config(container, "running")
+        # Signals wait until they can be passed on; but not for longer than this, as with --step.
+        if not select.select([container.wire], [], [], 3)[0]:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         streams = socket.recv_fds(container.wire, 10, 3)[1]  # none, if it failed before it made them
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         terminal = streams[0] if len(streams) == 1 else None
         with raw_terminal(terminal if container.takes_stdin else None):
             outputs = start_relays(container, streams)
@@ -2328,7 +2351,7 @@ def start_relays(container, streams):
 def relay(source, target, copies=()):
     """Copy until there is no more, or nobody reads any more; closing both ends tells the others."""
     with contextlib.suppress(OSError):  # EPIPE, or EIO from a terminal whose other side is gone
-        while data := os.read(source, 1 << 16):
+        while data := read_some(source):
             for copy in copies:
                 with contextlib.suppress(OSError):  # a full disk must not stop the container
                     os.write(copy, data)
@@ -2337,8 +2360,15 @@ def relay(source, target, copies=()):
     if target > 2:
         os.close(target)
 
+def read_some(source):
+    """Here and in write_all: another program may have made our streams non-blocking."""
+    while True:
+        try:
+            return os.read(source, 1 << 16)
+        except BlockingIOError:
+            select.select([source], [], [])
+
 def write_all(target, data):
-    """Also where another program has made our stdout non-blocking."""
     while data:
         try:
             data = data[os.write(target, data) :]
@@ -2432,7 +2462,10 @@ def make_server(address, port, answer):
 
         def do_GET(self):
             asked = url.urlsplit(self.path)
-            answer(self, asked.path, dict(url.parse_qsl(asked.query)))
+            try:
+                answer(self, asked.path, dict(url.parse_qsl(asked.query)))
+            except (MockerError, FileNotFoundError, TypeError):  # the store has lost it
+                refuse(self, 404, "BLOB_UNKNOWN")
 
         do_HEAD = do_GET
 
@@ -2462,17 +2495,17 @@ def refuse(request, status, code, **headers):
     reply(request, status, {"errors": [{"code": code, "message": code.lower()}]}, **headers)
 
 def sign(server, text):
-    """A signature that only we can make: no path but the one that we gave out opens a blob."""
+    """A signature that only we can make, for one purpose: a token is none for a blob."""
     return hmac.new(server.key, text.encode(), "sha256").hexdigest()
 
 def serve_registry(request, path, query):
     """/token gives a token; /v2/… wants it, serves manifests, and sends blobs to the CDN."""
     server, host = request.server, request.headers.get("Host", "localhost")
     if path == "/token":
-        return reply(request, 200, {"token": sign(server, query.get("scope", "")), "expires_in": 300})
+        return reply(request, 200, {"token": sign(server, f"token {query.get('scope', '')}"), "expires_in": 300})
     found = re.fullmatch(r"/v2/(.+)/(manifests|blobs)/([^/]+)", path)
     scope = f"repository:{found[1]}:pull" if found else ""
-    if request.headers.get("Authorization") != f"Bearer {sign(server, scope)}":
+    if request.headers.get("Authorization") != f"Bearer {sign(server, f'token {scope}')}":
         challenge = f'Bearer realm="http://{host}/token",service="mocker"' + (f',scope="{scope}"' if scope else "")
         more = {"WWW_Authenticate": challenge, "Docker_Distribution_Api_Version": "registry/2.0"}
         return refuse(request, 401, "UNAUTHORIZED", **more)
@@ -2489,13 +2522,13 @@ def serve_registry(request, path, query):
         return refuse(request, 404, "MANIFEST_UNKNOWN")
     if not any(name == blob["digest"] for image in images for blob in image.blobs):
         return refuse(request, 404, "BLOB_UNKNOWN")
-    place = f"http://{host.rpartition(':')[0] or host}:{server.cdn_port}/{name}?Signature={sign(server, name)}"
-    return reply(request, 307, Location=place)
+    cdn = f"http://{host.rpartition(':')[0] or host}:{server.cdn_port}"
+    return reply(request, 307, Location=f"{cdn}/{name}?Signature={sign(server, f'blob {name}')}")
 
 def serve_blob(request, path, query):
     """The CDN: whoever has a signed address gets the blob, or the rest of it from a Range on."""
     digest = path[1:]
-    if query.get("Signature") != sign(request.server, digest):
+    if not DIGEST.fullmatch(digest) or query.get("Signature") != sign(request.server, f"blob {digest}"):
         return refuse(request, 403, "DENIED")
     with open(blob_path(digest), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -2519,20 +2552,13 @@ def clean(arguments):
     with partial_directory(), locked(JOURNALS):
         leave_host()
     for container in all_containers() if arguments["--containers"] else ():
-        if container["id"] not in journals():
+        if container["id"] not in container_ids():
             delete_directory(store("containers", container["id"]))
             say(f"removed {container['name']}")
 
 # ═══ main: from a command's name to its function ═════════════════════════════════════════════════
 
-COMMANDS = {
-    "pull": pull,
-    "images": images,
-    "run": run,
-    "serve": serve,
-    "verify": verify,
-    "clean": clean,
-}
+COMMANDS = {command.__name__: command for command in (pull, images, run, serve, verify, clean)}
 
 def usage_of(function):
     """A command's docstring is its usage, for docopt as for you."""
@@ -2586,6 +2612,7 @@ def main():
     argv = sys.argv[2:] if sys.argv[0] == "-c" else sys.argv[1:]  # by the first line, or by python3 mocker.py
     if argv[:1] == ["run"] and sys.platform == "linux":
         seal_interpreter(argv)
+    os.umask(0o022)  # what is made is for containers, whose users are others
     while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed, as cron may do: nothing else may take its number
     os.close(handle)

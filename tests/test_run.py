@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import struct
+import subprocess
 import time
 
 import host
@@ -418,3 +419,16 @@ def test_output_appears_as_it_comes(start):
     began = time.monotonic()
     assert container.process.wait(20) == 0
     assert time.monotonic() - began < 5
+
+
+def test_the_umask_of_the_user_is_not_the_container_s(store):
+    command = ["sh", "-c", 'umask 077; exec "$@"', "sh", *store.command(["run", "-q", "--rm", "-u", "1000", "busybox"])]
+    done = subprocess.run([*command, "sh", "-c", "umask; cat /etc/hostname >/dev/null && echo read"], env=store.env,
+                          capture_output=True, text=True)
+    assert done.stdout == "0022\nread\n", done.stderr
+
+
+def test_what_images_bring_is_for_root_alone(run, store):
+    run("-e", "SECRET=x", "busybox", "true")
+    for part in "containers", "partial":
+        assert (store.home / part).stat().st_mode & 0o777 == 0o700

@@ -225,6 +225,16 @@ def test_a_blob_needs_the_signature_that_was_given_out_for_it(served):
         assert served.ask(wrong)[0] == 403
 
 
+def test_a_token_opens_no_file(served):
+    """Neither is it a signature, nor is a path a digest."""
+    manifest = json.loads(served.get("library/hello-world/manifests/latest")[2])
+    config = manifest["config"]["digest"]
+    cdn = served.get(f"library/hello-world/blobs/{config}")[1]["Location"].rpartition("/")[0]
+    for path in config, "sha256:/etc/hostname", "sha256:../../library_hello-world.json":
+        token = json.loads(served.ask(f"/token?scope={path}")[2])["token"]
+        assert served.ask(f"{cdn}/{path}?Signature={token}")[0] == 403
+
+
 @pytest.mark.parametrize("first", [0, 1, 500, -1, 0])
 def test_a_blob_from_some_byte_on(first, served):
     layer = json.loads(served.get("library/hello-world/manifests/latest")[2])["layers"][0]

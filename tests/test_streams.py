@@ -377,3 +377,17 @@ def test_stdout_is_closed_when_it_ends_and_not_before(start):
     assert container.process.poll() is None
     container.close_stdin()
     assert container.process.wait(20) == 0
+
+
+def test_a_stdin_that_does_not_block_is_read_to_its_end(run, store):
+    """As another program may have left it: nothing there yet is not the end."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with subprocess.Popen(store.command(["run", "-q", "--rm", "busybox", "cat"]), env=store.env, stdin=reader,
+                          stdout=subprocess.PIPE) as process:
+        os.close(reader)
+        time.sleep(0.5)
+        os.write(writer, b"late")
+        os.close(writer)
+        assert process.stdout.read() == b"late"
+    assert process.returncode == 0
