@@ -48,7 +48,7 @@ def test_an_image_that_is_not_there_is_pulled_first(mocker, registry):
 
 def test_an_image_that_is_nowhere(mocker):
     one_line(mocker("run", "-q", "no/such-image"), "no such image", "no/such-image")
-    assert not os.path.exists(mocker.home / "containers")
+    assert os.listdir(mocker.home / "containers") == []
 
 
 # ---- Entrypoint and Cmd --------------------------------------------------------------------------
