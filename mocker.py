@@ -105,6 +105,7 @@ def explained(kinds, message):
 def write_line(text, style=""):
     """In one write, over a progress bar if there is one. What isn't printable must not reach the terminal."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    shown = shown if len(shown) < 900 or not style else f"{shown[:500]}…{shown[-300:]}"  # with whatever names in it
     bar = "\r\033[K" * os.isatty(story.output)
     line = f"{bar}{story.style.get(style, '')}{shown}{story.style.get('end', '') if style else ''}\n"
     with contextlib.suppress(OSError):  # that stderr is closed is no error
@@ -2594,8 +2595,7 @@ def guarded(function, *arguments):
     try:
         return function(*arguments)
     except MockerError as error:
-        text = str(error)  # names in it may be long
-        write_line(f"mocker: {text if len(text) < 900 else f'{text[:500]}…{text[-300:]}'}", "error")
+        write_line(f"mocker: {error}", "error")
         return error.status
     except ModuleNotFoundError as error:
         write_line(f"mocker: the Python package '{error.name}' is missing: pip install -r requirements.txt, "
