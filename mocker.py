@@ -80,6 +80,7 @@ class story:
     """How much is told, and where to. stdout is the container's; all of this goes to stderr."""
 
     level, output, style = PLAIN, 2, {}
+    three = received = None  # what a pull's workers share
     stepping = None  # with --step: the terminal from which Enter is read
 
 class MockerError(Exception):
@@ -831,16 +832,16 @@ def be_worker(parent):
 
 def fetch_layer(reference, authorization, number, blob, diff_ids, partial):
     """One layer, in a worker: its blob into the store, its files onto the layers below. → the first names"""
-    # Two layers may have the same blob: the second waits for the first.
-    with locked(os.path.join(partial, f"{blob['digest'][7:]}.lock")):
+    *below, layer = map(layer_path, chain_ids(diff_ids))
+    directory = os.path.join(partial, str(number))
+    # Three at a time. Two layers may have the same blob: the second waits for the first.
+    with story.three, damage_explained(), locked(os.path.join(partial, f"{blob['digest'][7:]}.lock")):
         if not os.path.exists(blob_path(blob["digest"])):
             registry = Registry(reference, authorization)  # a connection can't be shared
             fetch_blob(registry, blob, partial, functools.partial(story.received.__setitem__, number))
-    *below, layer = map(layer_path, chain_ids(diff_ids))
-    directory = os.path.join(partial, str(number))
-    with damage_explained():
         with open(f"{directory}.tar", "wb") as file:
             inflate(blob["digest"], diff_ids[-1], file)
+    with damage_explained():
         while not all(map(os.path.isdir, below)):  # another worker is at it
             time.sleep(0.005)
         with TarFile(f"{directory}.tar") as tar:
@@ -892,7 +893,8 @@ def fetch_layers(registry, layers, diff_ids, partial):
     story.received = memoryview(mmap.mmap(-1, 8 * len(layers))).cast("Q")  # bytes of each layer; the workers count
     os.makedirs(store("layers"), exist_ok=True)
     authorization = registry.session.headers.get("Authorization")
-    with workers(3) as pool:
+    story.three = multiprocessing.get_context("fork").Semaphore(3)
+    with workers(8) as pool:  # more than three, since some wait for the layers below
         jobs = {n: pool.submit(fetch_layer, registry.reference, authorization, n, layers[n], diff_ids[: n + 1], partial)
                 for n in missing}
         for n, job in jobs.items():
@@ -1205,7 +1207,9 @@ def remove_empty(directory):
 
 DEVICES = ["null", "zero", "full", "random", "urandom", "tty"]
 LINKS = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}  # to /proc/self/fd
-FEATURES = "index=off,metacopy=off,redirect_dir=off"  # a layer is not to depend on this kernel's defaults
+# A layer is not to depend on this kernel's defaults; volatile: nothing waits for the disk at the end.
+LINUX = [int(number) for number in re.findall(r"\d+", os.uname().release)[:2]]
+FEATURES = "index=off,metacopy=off,redirect_dir=off" + ",volatile" * (LINUX >= [5, 10])
 ETC_FILES = ("hosts", "hostname", "resolv.conf")
 # What /proc and /sys tell or do about the whole machine (as runc has it)
 MASKED = ("/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
