@@ -428,7 +428,8 @@ def fetch_manifest(registry, version):
         with explained(urllib3.exceptions.HTTPError, f"{what} is cut off ({{}}): try again"):
             raw = response.raw.read(MANIFEST_LIMIT + 1)
         check(len(raw) <= MANIFEST_LIMIT, f"{what} is larger than 4 MiB: no real one is")
-        check_digest(raw, digest or digest_of(raw), what)
+        if digest:
+            check_digest(raw, digest, what)
         kind = response.headers.get("Content-Type", "").partition(";")[0]
     manifest = parse_json(raw, {"mediaType?": TEXT}, what)
     kind = manifest.get("mediaType") or kind
@@ -891,10 +892,9 @@ def fetch_layers(registry, layers, diff_ids, partial):
     if not missing:
         return
     story.received = memoryview(mmap.mmap(-1, 8 * len(layers))).cast("Q")  # bytes of each layer; the workers count
-    os.makedirs(store("layers"), exist_ok=True)
     authorization = registry.session.headers.get("Authorization")
     story.three = multiprocessing.get_context("fork").Semaphore(3)
-    with workers(8) as pool:  # more than three, since some wait for the layers below
+    with workers(min(8, len(missing))) as pool:  # more than three, since some wait for the layers below
         jobs = {n: pool.submit(fetch_layer, registry.reference, authorization, n, layers[n], diff_ids[: n + 1], partial)
                 for n in missing}
         for n, job in jobs.items():
@@ -995,8 +995,11 @@ def verify(arguments):
 
 def verify_layer(digest, diff_id):
     with damage_explained(), open(blob_path(digest), "rb") as file, open(os.devnull, "wb") as nowhere:
-        if digest_of(file, digest.partition(":")[0]) != digest:
+        try:
+            check_digest(file, digest, f"blob {digest[:19]}…")
+        except MockerError:
             os.unlink(file.name)  # so that the next pull fetches it again
+            raise
         inflate(digest, diff_id, nowhere)
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
@@ -2025,7 +2028,7 @@ def run(arguments):
 
     Options:
       -i, --interactive   keep stdin open          --rm          remove it later
-      -t, --tty           give it a terminal       --name        for later commands
+      -t, --tty           give it a terminal       --name        beside its id
       -q, --quiet         only the container talks --hostname    instead of its id
       -e, --env VAR       K=V, or K from here      --entrypoint  not the image's
       -w, --workdir DIR   start there              --network     bridge, none, host
