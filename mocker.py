@@ -652,17 +652,17 @@ def decompressed(file):
         return importlib.import_module(f"{in_python}.zstd").ZstdFile(file)
     return importlib.import_module("gzip").open(file) if magic.startswith(GZIP) else file
 
-def inflate(digest, diff_id, target):
-    """The tar in a blob, into an open file; bounded, and checked against the diff_id before it is used."""
+def inflate(packed, diff_id, target):
+    """The tar in a blob, into an open file; bounded, and checked against the diff_id."""
     algorithm, _, wanted = diff_id.partition(":")
     found, total = hashlib.new(algorithm), 0
-    with open(blob_path(digest), "rb") as blob:
-        for piece in pieces(decompressed(blob)):
-            total += len(piece)
-            check(total <= LAYER_LIMIT, f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, "
-                  "raise MOCKER_LAYER_LIMIT")
-            found.update(piece)
-            target.write(piece)
+    for piece in pieces(packed):
+        total += len(piece)
+        check(total <= LAYER_LIMIT, f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, "
+              "raise MOCKER_LAYER_LIMIT")
+        found.update(piece)
+        target.write(piece)
+    target.flush()
     check(found.hexdigest() == wanted, f"a layer does not unpack to its diff_id {diff_id[:19]}…: damaged, or forged")
 
 @contextlib.contextmanager
@@ -684,11 +684,18 @@ def confined(directory):
         os.close(outside)
         sys.meta_path = finders
 
-class TarFile(io.FileIO):
-    """A tar to be read. More than 1 MiB at once only a forged header asks for."""
+class GrowingFile(io.FileIO):
+    """A tar that is read while another thread writes it. More than 1 MiB at once only a forged header asks for."""
+
+    def __init__(self, path, written):
+        super().__init__(path)
+        self.written, self.complete, self.size = written, False, 0
 
     def read(self, size):
         check(size <= 1 << 20, "a layer has a header without end: this image is broken")
+        while not self.complete and self.tell() + size > self.size:
+            time.sleep(0.005)
+            self.complete, self.size = self.written.done(), os.fstat(self.fileno()).st_size
         return super().read(size)
 
 class Unpacker:
@@ -700,10 +707,10 @@ class Unpacker:
         self.times = {}  # of directories: set last, since each new file changes its directory's
 
     def unpack(self, file):
-        if not os.fstat(file.fileno()).st_size:
+        if not file.read(1):
             return  # no bytes at all are no files
+        file.seek(0)
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
-        tar.extraction_filter = lambda member, path: member  # a newer tarfile would change owners and modes
         while member := tar.next():
             tar.members.clear()  # or tarfile keeps them all
             self.names += [member.name] if len(self.names) < 10 else []
@@ -720,22 +727,23 @@ class Unpacker:
         path = os.path.join(folder, name)
         if name.startswith(".wh."):
             return self.whiteout(folder, name[len(".wh.") :])
-        check(member.type in tarfile.SUPPORTED_TYPES, f"a layer has '{member.name}' of unknown type: broken")
-        target = os.path.normpath("/" + member.linkname.lstrip("/"))
-        check(not member.islnk() or path != target and os.path.lexists(target) and not is_directory(target),
-              f"a layer has a hard link '{path}' to '{target}', which is nowhere: this image is broken")
         self.enter(folder)
         self.placed.add(path)
+        if member.islnk():
+            return self.link(os.path.normpath("/" + member.linkname.lstrip("/")), path)
         if not (member.isdir() and is_directory(path)):
             self.remove(path)
-            if member.islnk():
-                return os.link(target, path, follow_symlinks=False)
-            member.name = path
-            tar.extract(member, "/", set_attrs=False)
+            make(tar, member, path)
         stamp = set_metadata(path, member)
         if member.isdir():
             self.times[path] = stamp
         return None
+
+    def link(self, target, path):
+        check(path != target and os.path.lexists(target) and not is_directory(target),
+              f"a layer has a hard link '{path}' to '{target}', which is nowhere: this image is broken")
+        self.remove(path)
+        os.link(target, path, follow_symlinks=False)
 
     def enter(self, folder):
         """A directory in which something is to change: made, if the tar has it not (yet)."""
@@ -750,11 +758,13 @@ class Unpacker:
 
     def remove(self, path):
         check(path != "/", "a layer's root is no directory: this image is broken")
-        if is_directory(path):
+        try:
+            os.unlink(path)
+        except IsADirectoryError:
             shutil.rmtree(path)
             self.times = {other: stamp for other, stamp in self.times.items() if not f"{other}/".startswith(f"{path}/")}
-        elif os.path.lexists(path):
-            os.unlink(path)
+        except FileNotFoundError:
+            pass  # mostly
 
     def whiteout(self, folder, name):
         """`.wh.NAME` deletes NAME of the layers below, `.wh..wh..opq` all that they have in this directory."""
@@ -777,6 +787,19 @@ class Unpacker:
 def is_directory(path):
     """Itself, not by a symlink."""
     return os.path.isdir(path) and not os.path.islink(path)
+
+def make(tar, member, path):
+    """What the header says, where nothing is now."""
+    if member.isdir():
+        os.mkdir(path)
+    elif member.issym():
+        os.symlink(member.linkname, path)
+    elif member.isreg():
+        tar.makefile(member, path)  # sparse ones, too
+    else:
+        kind = {tarfile.FIFOTYPE: stat.S_IFIFO, tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK}
+        check(member.type in kind, f"a layer has '{member.name}' of unknown type: broken")
+        os.mknod(path, kind[member.type], os.makedev(member.devmajor, member.devminor))
 
 def set_metadata(path, member):
     """Owner, mode, xattrs, times; in this order, since chown(2) clears setuid bits and capabilities. → time, in ns"""
@@ -840,14 +863,15 @@ def fetch_layer(reference, authorization, number, blob, diff_ids, partial):
         if not os.path.exists(blob_path(blob["digest"])):
             registry = Registry(reference, authorization)  # a connection can't be shared
             fetch_blob(registry, blob, partial, functools.partial(story.received.__setitem__, number))
-        with open(f"{directory}.tar", "wb") as file:
-            inflate(blob["digest"], diff_ids[-1], file)
-    with damage_explained():
+    with damage_explained(), open(blob_path(blob["digest"]), "rb") as file, open(f"{directory}.tar", "wb") as tar:
+        written = futures.ThreadPoolExecutor(1).submit(inflate, decompressed(file), diff_ids[-1], tar)
         while not all(map(os.path.isdir, below)):  # another worker is at it
             time.sleep(0.005)
-        with TarFile(f"{directory}.tar") as tar:
-            names = unpack_layer(tar, directory, below[::-1])
-        os.unlink(f"{directory}.tar")
+        try:
+            names = unpack_layer(GrowingFile(tar.name, written), directory, below[::-1])
+        finally:
+            written.result()  # if it failed, that is the reason
+        os.unlink(tar.name)
     with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
         os.rename(f"{directory}/upper", layer)
     check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
@@ -1000,7 +1024,7 @@ def verify_layer(digest, diff_id):
         except MockerError:
             os.unlink(file.name)  # so that the next pull fetches it again
             raise
-        inflate(digest, diff_id, nowhere)
+        inflate(decompressed(file), diff_id, nowhere)
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
 
@@ -1265,11 +1289,14 @@ def mount_overlay(layers, directory):
         os.makedirs(f"{directory}/{part}", exist_ok=True)
     tell(f"cd {directory}/lower")
     os.chdir(f"{directory}/lower")
-    for number, layer in enumerate(layers or [f"{directory}/rootfs"]):
+    if not layers:  # the lowest one
+        mount("../upper", "../rootfs", "", MS_BIND)
+        return mount("none", "../rootfs", "", MS_REMOUNT | MS_BIND | MS_NODEV)
+    for number, layer in enumerate(layers):
         os.symlink(layer, str(number))  # short names: overlayfs' options must fit in one page
     copy_metadata("0", "../upper")  # the root directory itself is seen as the upper's
-    lower = ":".join(map(str, range(len(layers) or 1)))
-    mount("overlay", "../rootfs", "overlay", MS_NODEV, f"{FEATURES},lowerdir={lower},upperdir=../upper,workdir=../work")
+    options = f"{FEATURES},lowerdir={':'.join(map(str, range(len(layers))))},upperdir=../upper,workdir=../work"
+    return mount("overlay", "../rootfs", "overlay", MS_NODEV, options)
 
 @step()
 def take_along(container):
