@@ -12,7 +12,11 @@ Usage:
   mocker pull [options] <name>[<tag>]          fetch an image, check it, unpack its layers
   mocker run [options] <name> [<command>...]   run it in a container
   mocker serve [options]                       be a registry for the images that are here
+  mocker inspect <image-or-container>          its anatomy, as a tree
+  mocker diff <container>                      what it added, changed and deleted
+  mocker compare [<name>]                      chroot, cgroup and container side by side, probed
   mocker verify                                check every digest again
+  mocker doctor                                what this machine has and lacks for all this
   mocker clean [options]                       undo whatever outlived a run
   mocker COMMAND --help                        a command's own usage
 
@@ -65,9 +69,9 @@ class lazily:
 cgroups, colorama, ctypes, docopt, futures, hashlib, hmac, http_server, ipaddress, logging, mmap = map(
     lazily, ("cgroups", "colorama", "ctypes", "docopt", "concurrent.futures", "hashlib", "hmac", "http.server",
              "ipaddress", "logging", "mmap"))
-multiprocessing, requests, socket, tabulate, tarfile, termios, tty, url, urllib3 = map(
-    lazily, ("multiprocessing", "requests", "socket", "tabulate", "tarfile", "termios", "tty", "urllib.parse",
-             "urllib3"))
+multiprocessing, requests, socket, tabulate, tarfile, termios, textwrap, tty, url, urllib3 = map(
+    lazily, ("multiprocessing", "requests", "socket", "tabulate", "tarfile", "termios", "textwrap", "tty",
+             "urllib.parse", "urllib3"))
 
 # ═══ Telling the story: steps, narration, the one error type ═════════════════════════════════════
 #
@@ -104,13 +108,17 @@ def explained(kinds, message):
         raise MockerError(message.replace("{}", reason), number=getattr(error, "errno", 0)) from None
 
 def write_line(text, style=""):
-    """In one write, over a progress bar if there is one. What isn't printable must not reach the terminal."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """In one write, over a progress bar if there is one."""
+    shown = printable(text)
     shown = shown if len(shown) < 900 or not style else f"{shown[:500]}…{shown[-300:]}"  # with whatever names in it
     bar = "\r\033[K" * os.isatty(story.output)
     line = f"{bar}{story.style.get(style, '')}{shown}{story.style.get('end', '') if style else ''}\n"
     with contextlib.suppress(OSError):  # that stderr is closed is no error
         os.write(story.output, line.encode(errors="backslashreplace"))
+
+def printable(text):
+    """What isn't must not reach the terminal, which would obey it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 def say(text):
     """mocker's own words; -q silences them."""
@@ -270,29 +278,30 @@ class Registry:
         asked = url.urlsplit(response.url)
         shown = [part for part in asked.query.split("&") if re.match("(service|scope)=", part)]  # never a signature
         query = "?" + "&".join(shown or ["…"]) if asked.query else ""
-        say(f'"GET {asked.scheme}://{asked.netloc.rpartition("@")[2]}{asked.path}{query} HTTP/1.1" '
-            f'{response.status_code} {response.headers.get("Content-Length", "-")}')
+        say(f'"{response.request.method} {asked.scheme}://{asked.netloc.rpartition("@")[2]}{asked.path}{query} '
+            f'HTTP/1.1" {response.status_code} {response.headers.get("Content-Length", "-")}')
         if response.is_redirect:
             target = url.urlsplit(url.urljoin(response.url, response.headers["Location"]))
             plain_is_fine = asked.scheme == "http" or is_local(target.netloc)
             check(target.scheme == "https" or (target.scheme == "http" and plain_is_fine),
                   f"{asked.netloc} redirects to {target.scheme}://{target.netloc}: only https is followed")
 
-    def ask(self, address, **options):
-        """GET. A 429 that says to come back within ten seconds is waited for."""
+    def ask(self, address, method="GET", **options):
+        """One request. A 429 that says to come back within ten seconds is waited for."""
         for _ in range(ATTEMPTS):
-            response = self.session.get(address, timeout=TIMEOUT, **options)
+            response = self.session.request(method, address, timeout=TIMEOUT, **options)
             wait = response.headers.get("Retry-After", "")
             if response.status_code != 429 or not re.fullmatch("[0-9]|10", wait):
                 break
             time.sleep(int(wait))
         return response
 
-    def get(self, path, **headers):
-        """GET, with a token if the registry's challenge asks for one. MockerError says what is wrong."""
+    def get(self, path, method="GET", **headers):
+        """GET, or HEAD, with a token if the registry's challenge asks for one. MockerError says what is wrong."""
         try:
             for _ in range(ATTEMPTS):  # without a token, with one that has expired, with a fresh one
-                response = self.ask(f"{self.base}/v2/{self.reference.repository}/{path}", headers=headers, stream=True)
+                address = f"{self.base}/v2/{self.reference.repository}/{path}"
+                response = self.ask(address, method, headers=headers, stream=True)
                 if response.status_code != 401 or "WWW-Authenticate" not in response.headers:
                     break
                 self.answer(response.headers["WWW-Authenticate"])
@@ -381,7 +390,7 @@ def run_tool(command, text=None):
     tell(shlex.join(command) + (f" <<< {shlex.quote(text)}" if text else ""))
     # cron's PATH, and that of `su` without a dash, has no sbin, where nft is.
     path = [place for folder in os.get_exec_path() for place in (folder, re.sub("/bin$", "/sbin", folder))]
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, PermissionError):
         environment = {**os.environ, "PATH": ":".join(path)}
         done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
         return done.stdout if done.returncode == 0 else None
@@ -435,7 +444,7 @@ def fetch_manifest(registry, version):
     kind = manifest.get("mediaType") or kind
     check(manifest.get("schemaVersion") != 1 and "docker.distribution.manifest.v1+" not in kind,
           f"{registry.reference} is in the old schema 1 format, which Docker dropped, too: pull a newer tag")
-    return manifest, {"digest": save_blob(raw, digest or digest_of(raw)), "mediaType": kind, "size": len(raw)}
+    return manifest, {"digest": save_blob(raw, digest or digest_of(raw)), "size": len(raw), "mediaType": kind}
 
 def choose_platform(index, wanted, what):
     """The digest for a platform. An attestation (unknown/unknown) is none; arm64 means arm64/v8."""
@@ -462,13 +471,14 @@ def find_manifest(registry, platform):
     on nobody, the registry included, can change a byte unseen.
     See the OCI image-spec, image-index.md and manifest.md.
     """
-    what, version = str(registry.reference), registry.reference.version
+    what, version, index = str(registry.reference), registry.reference.version, None
     for _ in range(4):  # an index may point to an index
         manifest, descriptor = fetch_manifest(registry, version)
         check("manifests" not in manifest or "layers" not in manifest,
               f"{what} claims to be an index and a manifest at once: this image is broken, or a trick")
         if "manifests" not in manifest and descriptor["mediaType"] not in INDEX_TYPES:
-            return {**descriptor, "manifest": check_shape(manifest, MANIFEST, what)}
+            return {**descriptor, "index": index, "manifest": check_shape(manifest, MANIFEST, what)}
+        index = index or descriptor
         version = choose_platform(manifest, platform, what)
     raise MockerError(f"{what} is an index of indexes, without end: this image is broken")
 
@@ -617,7 +627,8 @@ class Image:
     """A stored image: its JSON file, its config, its unpacked layers from the bottom up."""
 
     def __init__(self, file):
-        shape = {"name": TEXT, "version": TEXT, "digest": DIGEST, "mediaType": TEXT, "size": int, "manifest": MANIFEST}
+        shape = {"name": TEXT, "version": TEXT, "digest": DIGEST, "mediaType": TEXT, "size": int, "manifest": MANIFEST,
+                 "index?": DESCRIPTOR}
         with explained(MockerError, f"{store(file)} is no stored image: remove it, and pull the image again"):
             self.stored = parse_json(read_file(store(file)), shape, file)
         self.file, self.name, self.version, self.manifest = file, *map(self.stored.get, ("name", "version", "manifest"))
@@ -1128,7 +1139,7 @@ def write_kernel_file(path, value):
 def read_kernel_file(path):
     """What it says now; nothing if it is not there."""
     try:
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             return file.read().strip()
     except OSError:
         return ""
@@ -1552,28 +1563,35 @@ def join_network(container):
     elif container.network == "bridge":
         tell(f"nsenter --net={NETNS}/mocker_{container.id}")
         call("setns", container.netns, CLONE_NEWNET)
-    interfaces = read_kernel_file("/proc/thread-self/net/dev").splitlines()[2:]
-    prove("cut -d: -f1 /proc/net/dev", " ".join(line.split(":")[0].strip() for line in interfaces))
+    prove("cut -d: -f1 /proc/net/dev", " ".join(read_interfaces()))
 
-def read_routes():
-    """[(interface, network)] from the kernel's table, where 10.0.1.0 is 0001000A on a little-endian machine."""
+def read_interfaces(process="thread-self"):
+    lines = read_kernel_file(f"/proc/{process}/net/dev").splitlines()[2:]
+    return [line.split(":")[0].strip() for line in lines]
+
+def read_routes(process="thread-self"):
+    """[(interface, network, gateway)] from its table, where 10.0.1.0 is 0001000A on a little-endian machine."""
     routes = []
-    for line in read_kernel_file("/proc/thread-self/net/route").splitlines()[1:]:
-        interface, network, _, _, _, _, _, mask, *_ = line.split()
-        network, mask = (socket.inet_ntoa(struct.pack("=I", int(text, 16))) for text in (network, mask))
-        routes.append((interface, ipaddress.ip_network(f"{network}/{mask}")))
+    for line in read_kernel_file(f"/proc/{process}/net/route").splitlines()[1:]:
+        interface, *numbers = line.split()
+        network, gateway, mask = (socket.inet_ntoa(struct.pack("=I", int(numbers[n], 16))) for n in (0, 1, 6))
+        routes.append((interface, ipaddress.ip_network(f"{network}/{mask}"), gateway))
     return routes
+
+def free_subnet(routes):
+    """The first of ours that no route leads to."""
+    taken = [network for _, network, _ in routes if network.prefixlen]  # not the default route, which is everywhere
+    free = [subnet for subnet in SUBNETS if not any(map(ipaddress.ip_network(f"{subnet}.0/24").overlaps, taken))]
+    check(free, f"no free subnet: {', '.join(SUBNETS)} are all in use here: run with --network=none")
+    return free[0]
 
 def create_bridge():
     """mocker0 with its address, forwarding and NAT: made for the first container, used by all. → 10.0.0"""
     routes = read_routes()
-    for interface, network in routes:
+    for interface, network, _ in routes:
         if interface == BRIDGE:
             return str(network[0]).rpartition(".")[0]
-    taken = [network for _, network in routes if network.prefixlen]  # not the default route, which is everywhere
-    free = [subnet for subnet in SUBNETS if not any(map(ipaddress.ip_network(f"{subnet}.0/24").overlaps, taken))]
-    check(free, f"no free subnet: {', '.join(SUBNETS)} are all in use here: run with --network=none")
-    subnet, forward = free[0], "/proc/sys/net/ipv4/ip_forward"
+    subnet, forward = free_subnet(routes), "/proc/sys/net/ipv4/ip_forward"
     if subnet != SUBNETS[0]:
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
     HOST.note(restore_file, forward, read_kernel_file(forward))
@@ -1637,11 +1655,22 @@ def iptables_with(table):
     """Those that may have something in a table. The older one would make it by looking, and never remove it."""
     return IPTABLES if table in read_kernel_file("/proc/net/ip_tables_names").split() else IPTABLES[:1]
 
+def iptables_rules(owner, *tables):
+    """[(tool, table, rule)]: those that have the owner's name in a comment."""
+    return [(tool, table, rule) for table in tables for tool in iptables_with(table)
+            for rule in (run_tool([tool, "-w", "-t", table, "-S"]) or "").splitlines()
+            if re.search(rf"--comment {owner}\b", rule)]
+
 def delete_iptables(owner):
-    for table, tool in [(kind, tool) for kind in ("nat", "filter") for tool in iptables_with(kind)]:
-        for rule in (run_tool([tool, "-w", "-t", table, "-S"]) or "").splitlines():
-            if re.search(rf"--comment {owner}\b", rule):
-                run_tool([tool, "-w", "-t", table, "-D", *shlex.split(rule)[1:]])
+    for tool, table, rule in iptables_rules(owner, "nat", "filter"):
+        run_tool([tool, "-w", "-t", table, "-D", *shlex.split(rule)[1:]])
+
+def nat_rules(owner):
+    """As nft or iptables lists them."""
+    listed = run_tool(["nft", "list", "table", "ip", owner])
+    if listed is None:
+        return [rule for _, _, rule in iptables_rules(owner, "nat")]
+    return list(dict.fromkeys(re.findall(r"^\s*(.* (?:dnat to .*|masquerade))$", listed, re.M)))
 
 def publish_ports(container, undo):
     """-p: what arrives at a port of this machine is sent on to the container, and the answers back."""
@@ -1906,9 +1935,10 @@ def seccomp_filter(capabilities):
         program += [op(equal, personality, 1), allow]
     return b"".join(program + [refuse, allow])
 
-def capabilities_of(kind):
-    """The names in one of our sets: CapEff is what we may do, CapBnd what anybody we start can ever get."""
-    bits = int(re.search(rf"{kind}:\s*(\w+)", read_kernel_file("/proc/self/status"))[1], 16)
+def capabilities_of(kind, pid="self"):
+    """The names in a process's set: CapEff is what it may do, CapBnd what anybody it starts can ever get."""
+    # The last one: a process may give itself a name that looks like it.
+    bits = int(re.findall(rf"{kind}:\s*(\w+)", read_kernel_file(f"/proc/{pid}/status"))[-1], 16)
     return [name for number, name in enumerate(CAPABILITIES) if bits & 1 << number]
 
 def choose_capabilities(add, drop, privileged):
@@ -2574,6 +2604,169 @@ def serve_blob(request, path, query):
 
 # ═══ Life after run ══════════════════════════════════════════════════════════════════════════════
 
+def doctor(arguments):
+    """Look at what this machine has and lacks for the demo. Exit status 1 if it would fail.
+
+    Usage:
+      mocker doctor
+    """
+    status, story.level = 0, QUIET
+    for look in (look_at_kernel, look_at_root, look_at_packages, try_namespaces, try_overlay, look_at_cgroup,
+                 look_at_firewall, look_at_subnet, ask_hub, look_for_leftovers):
+        try:
+            verdict, found = "ok", look()
+        except MockerError as error:
+            verdict, found = "LACKS" if error.status else "warn", error
+        status = status or int(verdict == "LACKS")
+        print(f"{verdict:6} {look.__name__.rpartition('_')[2]}: {printable(str(found))}")
+    return status
+
+def look_at_kernel():
+    check(sys.platform == "linux" and LINUX >= [5, 3], f"{sys.platform} {os.uname().release}: it takes Linux 5.3 or "
+          "newer; on a Mac or Windows, docker run --privileged -v mocker:/root/mocker -it python:3")
+    return f"Linux {os.uname().release}, {os.uname().machine}"
+
+def look_at_root():
+    need_root("run")
+    return "with CAP_SYS_ADMIN"
+
+def look_at_packages():
+    names = "cgroups", "colorama", "docopt", "pyroute2", "requests", "tabulate"
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    check(not missing, f"{', '.join(missing)} missing: pip install -r requirements.txt")
+    return ", ".join(names)
+
+def try_in_a_worker(function):
+    """In a process with mounts of its own, so that nothing is left."""
+    check(os.geteuid() == 0 and "SYS_ADMIN" in capabilities_of("CapEff"), "can't be tried without root: sudo …")
+    with workers(1) as pool:
+        return pool.submit(function).result()
+
+def try_namespaces():
+    return try_in_a_worker(leave_all_namespaces)
+
+def leave_all_namespaces():
+    unshare(CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP, ["all"])
+    return "mount, uts, ipc, pid, net, cgroup"
+
+def try_overlay():
+    return try_in_a_worker(mount_an_overlay)
+
+def mount_an_overlay():
+    need_disk()
+    with partial_directory() as directory, explained(MockerError, "{}: modprobe overlay, or move MOCKER_HOME"):
+        os.mkdir(f"{directory}/layer")
+        mount_overlay([f"{directory}/layer"], directory)
+        unmount(f"{directory}/rootfs")
+    return f"works in {HOME}"
+
+def look_at_cgroup():
+    version, wanted = cgroup_version(), {"memory", "pids", "cpu"}
+    check(version, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+    there = read_kernel_file(f"{CGROUP}/cgroup.controllers").split() if version == 2 else os.listdir(CGROUP)
+    if wanted - {*there}:
+        raise MockerError(f"v{version}, without {', '.join(wanted - {*there})}: that can't be limited; try "
+                          "cgroup_enable=memory on the kernel's command line", status=0)
+    return f"v{version}, with memory, pids, cpu"
+
+def look_at_firewall():
+    for tool in ["nft", "list", "tables"], *([tool, "-w", "-S"] for tool in IPTABLES):
+        if os.geteuid() == 0 and run_tool(tool) is not None:
+            return tool[0]
+    raise MockerError("neither nft nor iptables works: a container reaches this machine, but not beyond, and no port "
+                      "is published: apt install nftables, as root", status=0)
+
+def look_at_subnet():
+    routes = read_routes()
+    if any(interface == BRIDGE for interface, *_ in routes):
+        return f"{BRIDGE} is up"
+    if free_subnet(routes) != SUBNETS[0]:
+        raise MockerError(f"{SUBNETS[0]}.0/24 is in use here: run takes {free_subnet(routes)}.0/24", status=0)
+    return f"{SUBNETS[0]}.0/24 is free"
+
+def ask_hub():
+    """By HEAD, which does not count as a pull; once, and no second time."""
+    registry = Registry(Reference("hello-world"))
+    for scheme in "https://", "http://":
+        registry.session.mount(scheme, requests.adapters.HTTPAdapter())
+    try:
+        answer = registry.get("manifests/latest", "HEAD", Accept=", ".join(MANIFEST_TYPES + INDEX_TYPES))
+    except MockerError as error:
+        there = len(all_images())
+        raise MockerError(f"{error}; {there} images are here", status=error.status if not there else 0) from None
+    left = answer.headers.get("ratelimit-remaining", "").partition(";")[0]
+    check(left != "0", f"{registry.base} has no pulls left for this address: docker login, or mocker serve next door")
+    return f"{registry.base} answers" + (f", {left} pulls are left" if left else "")
+
+def look_for_leftovers():
+    there, running = all_containers() if os.geteuid() == 0 else [], container_ids()
+    return f"{len(running)} containers run, {len(there) - len(running)} that have ended are kept (mocker clean)"
+
+# ── The slide: what each part gives ────────────────────────────────────────────────────────────────
+
+PROBE = r"""
+can() { row=$1; shift; if "$@" >/dev/null 2>&1; then echo "$row|yes"; else echo "$row|no"; fi; }
+limit() {  # of the group that we are in, on cgroup v1, else on v2
+    one=$(sed -n "s/^[0-9]*:[^:]*$1[^:]*://p" /proc/self/cgroup) two=$(sed -n "s/^0:://p" /proc/self/cgroup)
+    cat "/sys/fs/cgroup/$1$one/$2" 2>/dev/null || cat "/sys/fs/cgroup$two/$3" 2>/dev/null || echo max
+}
+with_mount() {  # all is undone: the host is asked, too
+    mkdir "$1" && mount -t tmpfs none "$1"; status=$?
+    if [ "$2" = node ]; then mknod "$1/kmsg" c 1 11 && dd if="$1/kmsg" count=0; status=$?; rm "$1/kmsg"; fi
+    umount "$1"; rmdir "$1"
+    return $status
+}
+echo "processes it sees|$(ls -d /proc/[0-9]* | wc -l)"
+echo "its own number|$$"
+echo "host name|$(hostname)"
+echo "network interfaces|$(grep -c : /proc/net/dev)"
+echo "mounts it sees|$(grep -c . /proc/self/mounts)"
+echo "memory limit|$(limit memory memory.limit_in_bytes memory.max)"
+echo "process limit|$(limit pids pids.max pids.max)"
+can "may signal the host's" kill -0 "$1"
+can "may mount" with_mount "/tmp/mocker-probe.$$"
+can "may rename the host" hostname "$(hostname)"
+can "may make a device" with_mount "/tmp/mocker-probe.$$" node
+can "may set the kernel" dd of=/proc/sys/kernel/panic count=0 conv=notrunc
+sed -n "s/^CapEff:\s*/capabilities|/p; s/^Seccomp:\s*/system call filter|/p" /proc/self/status
+"""
+
+def compare(arguments):
+    """Host, chroot, cgroup, container (mocker's, and docker's if it has the image): what each sees and may do.
+
+    Usage:
+      mocker compare [<name>]
+    """
+    need_root("compare")
+    image = arguments["<name>"] or "busybox"
+    find_image(image)
+    limits, probe = ["-m", "64m", "--pids-limit", "100"], ["sh", "-c", PROBE, "sh", str(os.getpid())]
+    mocker = [sys.executable, __file__, "run", "-q", "--rm"]
+    worlds = {
+        "host": probe,
+        "chroot": [*mocker, "--only=chroot", image, *probe],
+        "cgroup": [*mocker, "--only=cgroup", *limits, image, *probe],
+        "mocker": [*mocker, *limits, image, *probe],
+        "docker": ["docker", "run", "--rm", "--pull=never", *limits, image, *probe],
+    }
+    answers = {world: run_tool(command) for world, command in worlds.items()}
+    if answers["docker"] is None:
+        say(f"docker is not here, or has not the image: docker pull {image}")
+        del answers["docker"]
+    check(all(answers.values()), f"the probe can't run in {image}: it takes a shell, as busybox has one")
+    columns = [dict(line.split("|", 1) for line in text.splitlines()) for text in answers.values()]
+    rows = [[row, *(in_short(row, column.get(row, "?")) for column in columns)] for row in columns[0]]
+    print(tabulate.tabulate(rows, headers=["", *answers], disable_numparse=True))
+
+def in_short(row, value):
+    """As people read it: bytes, a set of bits, yes or no."""
+    if row == "capabilities":
+        return str(bin(int(value, 16)).count("1"))
+    if row == "memory limit" and value.isdecimal():
+        value = "max" if int(value) >> 60 else f"{int(value) >> 20} MiB"
+    names = {"max": "none", "0": "no", "2": "yes"} if "limit" in row or "filter" in row else {}
+    return printable(names.get(value, value))[:12]
+
 def clean(arguments):
     """Undo whatever outlived a run: leftovers of killed mockers, unfinished pulls.
 
@@ -2591,9 +2784,191 @@ def clean(arguments):
             delete_directory(store("containers", container["id"]))
             say(f"removed {container['name']}")
 
+# ── Looking into it: inspect, diff ─────────────────────────────────────────────────────────────────
+
+# A cgroup's use and limits, of v2 and of v1
+MEASURES = ("memory.current", "memory.max", "memory.usage_in_bytes", "memory.limit_in_bytes", "pids.current",
+            "pids.max", "cpu.max", "cpu.cfs_quota_us", "cpu.stat", "cpuacct.usage")
+# What mocker makes if an image lacks it. (docker makes its own in a layer between.)
+MOUNT_POINTS = {"/dev", "/proc", "/sys", "/etc", *(f"/etc/{name}" for name in ETC_FILES)}
+
+def inspect(arguments):
+    """Show the anatomy of an image or a container (name, id, or how the id begins), as a tree or for programs.
+
+    Usage:
+      mocker inspect [--json] <name>
+    """
+    need_root("inspect")
+    name = arguments["<name>"]
+    container = find_container(name)
+    document = anatomy_of_container(container) if container else anatomy_of_image(name)
+    if arguments["--json"]:
+        print(json.dumps(document, indent=2))
+    else:
+        draw(name, document)
+
+def find_container(name):
+    """By its name, its id, or how its id begins; None if there is none."""
+    there = all_containers()
+    found = [one for one in there if name in (one["name"], one["id"])]
+    found = found or [one for one in there if name and one["id"].startswith(name)]
+    check(len(found) < 2, f"the ids of {len(found)} containers begin with {name}: write more of it")
+    return found[0] if found else None
+
+def draw(label, value, first="", rest=""):
+    """A document as a tree of 80 columns: an object in an object has branches, a list of objects a line for each."""
+    branches = []
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        branches = [("  ".join(map(in_words, row, row.values())), None) for row in value]
+    if isinstance(value, dict) and any(isinstance(inner, (dict, list)) for inner in value.values()):
+        branches = list(value.items())
+    text = printable(label if branches or value is None else f"{label}: {in_words(label, value)}")
+    room = 80 - len(first) if value is None else 200
+    text = text if len(text) <= room else f"{text[: room - 1]}…"
+    print(textwrap.fill(text, 80, initial_indent=first, subsequent_indent=f"{rest}  ", break_on_hyphens=False))
+    for number, (name, inner) in enumerate(branches, 1):
+        last = number == len(branches)
+        draw(name, inner, rest + ("└── " if last else "├── "), rest + ("    " if last else "│   "))
+
+def in_words(key, value):
+    """A value in one line; of a digest the beginning is enough."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {in_words(name, inner)}" for name, inner in value.items())
+    text = shlex.join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{value:,} bytes" if key == "size" else re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52,}", r"\1…", text)
+
+def anatomy_of_image(name):
+    """index → manifest → config → layers: each names the next by its digest."""
+    missing = f"no such image or container: {name[:100]}: see mocker images, or ls {store('containers')}"
+    with explained(MockerError, missing):
+        file = Reference(name).file
+    check(os.path.exists(store(file)), missing)
+    image = Image(file)
+    settings = image.config.get("config") or {}
+    config, *layers = [{"digest": blob["digest"], "size": blob["size"]} for blob in image.blobs]
+    left = iter(layers)
+    history = [{**({} if line.get("empty_layer") else next(left, {})), "history": str(line.get("created_by", "?"))}
+               for line in image.config.get("history") or [] if isinstance(line, dict)]
+    return {
+        "image": {"name": image.name, "version": image.version, "file": image.file},
+        "index": image.stored.get("index") or {},
+        "manifest": {key: image.stored[key] for key in ("digest", "size", "mediaType")},
+        "config": {**config, **{key: settings[key] for key in ("Entrypoint", "Cmd", "Env", "User", "WorkingDir")
+                                if settings.get(key)}},
+        "layers": history + list(left),
+    }
+
+def anatomy_of_container(container):
+    """Of one that runs, what the kernel says; of one that has ended, what it left."""
+    id, pid, directory = container["id"], container["pid"], store("containers", container["id"])
+    facts = {key: container[key] for key in ("id", "name", "status", "exit_code") if key in container}
+    used = run_tool(["du", "-sk", f"{directory}/upper"])  # no answer if files come and go
+    root = {"upper": {**({"size": int(used.split()[0]) << 10} if used else {}), "directory": f"{directory}/upper"},
+            "layers": [{"directory": layer} for layer in lower_layers(directory)]}
+    document = {"container": facts, "image": container["image"], "command": container["arguments"]}
+    if facts["status"] != "running" or id not in container_ids():
+        facts["status"] = facts["status"].replace("running", "killed")  # mocker was, and could not note it
+        return {**document, "root": root}
+    with explained((OSError, LookupError), f"container {id} has just ended: inspect it again"):
+        status = dict(re.findall(r"^(\w+):\s*(.*)", read_kernel_file(f"/proc/{pid}/status"), re.M))
+        mounts = [line.split() for line in read_kernel_file(f"/proc/{pid}/mountinfo").splitlines()]
+        options, kind = [(line[5], line[line.index("-") + 1]) for line in mounts if line[4] == "/"][-1]
+        return {
+            **document,
+            "command": os.fsdecode(read_file(f"/proc/{pid}/cmdline")).removesuffix("\0").split("\0"),
+            "process": {"pid": pid, "inside": int(status["NSpid"].split()[-1]), "uid": int(status["Uid"].split()[1])},
+            "namespaces": {kind: {"inside": os.readlink(f"/proc/{pid}/ns/{kind}"),
+                                  "host": os.readlink(f"/proc/self/ns/{kind}")} for kind in NAMESPACES},
+            "root": {"mount": f"{kind} {options}", **root},
+            "network": network_of(pid, id, container["ports"]),
+            "cgroup": cgroup_of(pid),
+            "privileges": {"effective": capabilities_of("CapEff", pid), "bounding": capabilities_of("CapBnd", pid),
+                           "seccomp": {"1": "strict", "2": "filter"}.get(status.get("Seccomp"), "none")},
+        }
+
+def lower_layers(directory):
+    """The image's layers, as a container has them: the topmost first."""
+    folder = f"{directory}/lower"
+    numbers = sorted(os.listdir(folder), key=int) if os.path.isdir(folder) else []  # it may never have started
+    return [os.readlink(f"{folder}/{number}") for number in numbers]
+
+def network_of(pid, id, ports):
+    """What is inside, and on the host the other end of the wire, the bridge, and the NAT."""
+    addresses = re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", read_kernel_file(f"/proc/{pid}/net/fib_trie"))
+    routes = {str(network) if network.prefixlen else "default":
+              f"via {gateway} " * (gateway != "0.0.0.0") + f"dev {name}" for name, network, gateway in read_routes(pid)}
+    found = {"interfaces": read_interfaces(pid), "addresses": sorted(set(addresses)), "routes": routes}
+    if f"veth0_{id}" in read_interfaces():
+        bridges = [name for name, network, _ in read_routes() if str(network) in routes]
+        found["wire"] = {"veth": f"veth0_{id}", "bridge": " ".join(bridges)}
+        found["NAT"] = [{"rule": rule} for rule in nat_rules("mocker") + (nat_rules(f"mocker_{id}") if ports else [])]
+    return found
+
+def cgroup_of(pid):
+    """The files of its groups, in the kernel's own words; a line of /proc/PID/cgroup is number:controllers:path."""
+    found = {}
+    for line in read_kernel_file(f"/proc/{pid}/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        directory = os.path.normpath(f"{CGROUP}/{controllers.split(',')[0]}/{path}")
+        values = {file: read_kernel_file(f"{directory}/{file}").replace("\n", ", ") for file in MEASURES}
+        found[directory] = {file: value for file, value in values.items() if value}
+    return {directory: values for directory, values in found.items() if values}
+
+def diff(arguments):
+    """Show what a container changed in its root, as its upper layer has it: A added, C changed, D deleted.
+
+    Usage:
+      mocker diff <container>
+    """
+    need_root("diff")
+    name = arguments["<container>"]
+    container = find_container(name)
+    check(container, f"no such container: {name[:100]}: see ls {store('containers')}")
+    directory = store("containers", container["id"])
+    unshare(CLONE_NEWNS, ["mount"])  # where the layers alone are seen, as it found them
+    mount("none", "/", "", MS_REC | MS_PRIVATE)
+    busy = f"{name} can't be compared with its image ({{}}): try again"
+    with explained(OSError, busy), contextlib.ExitStack() as undo:
+        scratch = undo.enter_context(partial_directory())
+        mount_overlay(lower_layers(directory), scratch)
+        undo.callback(unmount, f"{scratch}/rootfs")
+        found = changes(f"{directory}/upper", f"{scratch}/rootfs")
+    for path in sorted(found):
+        print(printable(f"{found[path]} {path}"))
+
+def changes(upper, lower):
+    """What an upper layer does to what is below it → {path: A, C or D}, as docker counts"""
+    found, folders = {}, [("", True)]
+    while folders:
+        folder, is_below = folders.pop()
+        names = set(os.listdir(upper + folder))
+        if is_below and "trusted.overlay.opaque" in os.listxattr(upper + folder):  # of what is below, nothing is seen
+            names.update(os.listdir(lower + folder))
+        for path in [f"{folder}/{name}" for name in names]:
+            new, old = looks(upper + path), looks(lower + path) if is_below else None
+            if new and stat.S_ISDIR(new[0]):
+                folders.append((path, old is not None and stat.S_ISDIR(old[0])))
+            if new != old and (old or path not in MOUNT_POINTS):
+                found[path] = "A" if not old else "C" if new else "D"
+                while path := os.path.dirname(path).rstrip("/"):
+                    found.setdefault(path, "C")
+    return found
+
+def looks(path):
+    """What docker compares: not a directory's size and times. None for what is not there, and for a whiteout."""
+    try:
+        seen, capable = os.lstat(path), "security.capability" in os.listxattr(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISCHR(seen.st_mode) and seen.st_rdev == 0:
+        return None
+    content = () if stat.S_ISDIR(seen.st_mode) else (seen.st_size, seen.st_mtime_ns)
+    return (seen.st_mode, seen.st_uid, seen.st_gid, seen.st_rdev, capable, *content)
+
 # ═══ main: from a command's name to its function ═════════════════════════════════════════════════
 
-COMMANDS = {command.__name__: command for command in (pull, images, run, serve, verify, clean)}
+COMMANDS = {command.__name__: command for command in (
+    pull, images, run, inspect, diff, compare, serve, verify, doctor, clean)}
 
 def usage_of(function):
     """A command's docstring is its usage, for docopt as for you."""

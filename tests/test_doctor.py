@@ -1,0 +1,153 @@
+"""doctor and compare: each check of doctor made to fail; compare's table against what is known to be so."""
+
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import MOCKER
+
+pytestmark = pytest.mark.usefixtures("host_as_before_all")
+CHECKS = ["kernel", "root", "packages", "namespaces", "overlay", "cgroup", "firewall", "subnet", "hub", "leftovers"]
+
+
+def verdicts(done):
+    """{check: (verdict, text)}; each is a line."""
+    lines = [re.fullmatch(r"(ok|warn|LACKS) +(\w+): (.+)", line) for line in done.stdout.splitlines()]
+    assert [line[2] for line in lines] == CHECKS and not done.stderr
+    found = {line[2]: (line[1], line[3]) for line in lines}
+    assert done.returncode == int("LACKS" in [verdict for verdict, _ in found.values()])
+    return found
+
+
+def in_namespaces(mocker, script):
+    """doctor, after a script in a network and mounts of its own."""
+    whole = f'{script}\nexec "$@"'
+    return subprocess.run(
+        ["unshare", "--net", "--mount", "sh", "-ec", whole, "sh", *mocker.command(["doctor"])],
+        env=mocker.env, capture_output=True, text=True, check=False, timeout=120,
+    )
+
+
+def test_a_machine_that_has_all(store):
+    found = verdicts(store("doctor"))
+    assert {verdict for verdict, _ in found.values()} == {"ok"}
+    assert store.env["MOCKER_HUB"] in found["hub"][1]
+
+
+def test_without_root(mocker):
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *mocker.command(["doctor"])]
+    done = subprocess.run(command, env=mocker.env, capture_output=True, text=True, check=False, timeout=120)
+    found = verdicts(done)
+    assert found["root"][0] == found["overlay"][0] == found["namespaces"][0] == "LACKS"
+    assert "sudo" in found["root"][1] and found["kernel"][0] == "ok"
+
+
+@pytest.mark.parametrize(("script", "verdict", "text"), [
+    ("ip link add x type bridge; ip address add 10.0.0.77/24 dev x; ip link set x up", "warn",
+     "10.0.0.0/24 is in use here: run takes 10.0.1.0/24"),
+    ("ip link add x type bridge; ip link set x up; for net in 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16; "
+     "do ip route add $net dev x; done", "LACKS", "no free subnet"),
+])  # fmt: skip
+def test_a_subnet_in_use(mocker, script, verdict, text):
+    found = verdicts(in_namespaces(mocker, script))
+    assert found["subnet"][0] == verdict and found["subnet"][1].startswith(text)
+    assert found["hub"][0] == "LACKS" and "can't be reached" in found["hub"][1]  # there is no network
+
+
+def test_no_cgroup(mocker):
+    found = verdicts(in_namespaces(mocker, "mount --move /sys/fs/cgroup /mnt"))
+    assert found["cgroup"][0] == "LACKS" and "mount -t cgroup2" in found["cgroup"][1]
+
+
+def test_no_firewall(mocker):
+    hide = 'for tool in nft iptables iptables-legacy; do at=$(readlink -f "$(command -v $tool)") || continue; ' \
+           'if [ -e "$at" ]; then mount --bind /dev/null "$at"; fi; done'
+    found = verdicts(in_namespaces(mocker, hide))
+    assert found["firewall"][0] == "warn" and "apt install nftables" in found["firewall"][1]
+
+
+def test_a_package_is_missing(mocker):
+    code = ("import sys, importlib.util; find = importlib.util.find_spec\n"
+            "importlib.util.find_spec = lambda name, *rest: None if name == 'tabulate' else find(name, *rest)\n"
+            f"sys.path[0] = {str(MOCKER.parent)!r}; import mocker; mocker.main()")
+    done = subprocess.run([sys.executable, "-c", code, str(MOCKER), "doctor"],
+                          env=mocker.env, capture_output=True, text=True, check=False, timeout=120)
+    assert verdicts(done)["packages"] == ("LACKS", "tabulate missing: pip install -r requirements.txt")
+
+
+def test_pulls_that_are_left(mocker, fake):
+    """As Docker Hub says it; and the question is a HEAD, which is no pull."""
+    left = "76"
+
+    def answer(handler):
+        handler.answer(200, b"{}", {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": f"{left};w=21600"})
+        return True
+
+    fake.intercept = answer
+    found = verdicts(mocker("doctor", env={"MOCKER_HUB": fake.url}))
+    assert found["hub"] == ("ok", f"{fake.url} answers, 76 pulls are left")
+    assert fake.requests == [("HEAD", "/v2/library/hello-world/manifests/latest", 200)]
+    left = "0"
+    assert verdicts(mocker("doctor", env={"MOCKER_HUB": fake.url}))["hub"][0] == "LACKS"
+
+
+def test_a_hub_out_of_reach_is_no_end_if_there_are_images(store):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        hub = {"MOCKER_HUB": f"http://127.0.0.1:{nobody.getsockname()[1]}"}
+        verdict, text = verdicts(store("doctor", env=hub))["hub"]
+    assert verdict == "warn" and "can't be reached" in text and re.search(r"[1-9]\d* images are here", text)
+
+
+def test_containers_are_counted(store):
+    store("run", "-q", "busybox", "true", check=True)
+    text = verdicts(store("doctor"))["leftovers"][1]
+    assert text == "0 containers run, 1 that have ended are kept (mocker clean)"
+
+
+def table(done):
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 24 and all(len(line) <= 80 for line in lines)
+    heads = re.split(r"\s{2,}", lines[0].strip())
+    rows = {cells[0]: dict(zip(heads, cells[1:])) for cells in (re.split(r"\s{2,}", line) for line in lines[2:])}
+    return heads, rows
+
+
+def test_compare(store):
+    heads, rows = table(store("compare", env={"PATH": f"{MOCKER.parent}:/usr/sbin:/usr/bin:/sbin:/bin"}))
+    assert heads[:4] == ["host", "chroot", "cgroup", "mocker"]
+    assert int(rows["processes it sees"]["chroot"]) > int(rows["processes it sees"]["mocker"])
+    assert rows["its own number"]["mocker"] == "1" != rows["its own number"]["cgroup"]
+    assert rows["host name"]["host"] == rows["host name"]["chroot"] == rows["host name"]["cgroup"]
+    assert rows["host name"]["mocker"] != rows["host name"]["host"]
+    assert [rows["memory limit"][world] for world in heads[1:4]] == ["none", "64 MiB", "64 MiB"]
+    assert [rows["process limit"][world] for world in heads[1:4]] == ["none", "100", "100"]
+    doors = [row for row in rows if row.startswith("may ")]
+    assert len(doors) == 5
+    for row in doors:
+        assert [rows[row][world] for world in heads[:4]] == ["yes", "yes", "yes", "no"], row
+    assert rows["capabilities"]["mocker"] == "14" and int(rows["capabilities"]["cgroup"]) > 14
+    assert [rows["system call filter"][world] for world in heads[:4]] == ["no", "no", "no", "yes"]
+
+
+def test_compare_with_docker(store, tmp_path):
+    """A `docker` that is mocker under another name: what is tested is that its column is asked for, and shown."""
+    docker = tmp_path / "bin/docker"
+    docker.parent.mkdir()
+    docker.write_text(f'#!/bin/sh\nshift; case "$2" in --pull=never) shift 2;; esac\n'
+                      f'exec {sys.executable} {MOCKER} run -q --rm "$@"\n')
+    docker.chmod(0o755)
+    heads, rows = table(store("compare", env={"PATH": f"{docker.parent}:/usr/sbin:/usr/bin:/sbin:/bin"}))
+    assert heads == ["host", "chroot", "cgroup", "mocker", "docker"]
+    assert all(cells["docker"] == cells["mocker"] for row, cells in rows.items() if row != "host name"
+               and row != "processes it sees")
+
+
+def test_compare_an_image_without_a_shell(store):
+    done = store("compare", "hello-world")
+    assert done.returncode == 125 and not done.stdout
+    [*_, last] = done.stderr.splitlines()
+    assert last == "mocker: the probe can't run in hello-world: it takes a shell, as busybox has one"
