@@ -2711,21 +2711,21 @@ limit() {  # of the group that we are in, on cgroup v1, else on v2
     cat "/sys/fs/cgroup/$1$one/$2" 2>/dev/null || cat "/sys/fs/cgroup$two/$3" 2>/dev/null || echo max
 }
 with_mount() {  # all is undone: the host is asked, too
-    mkdir "$1" && mount -t tmpfs none "$1"; status=$?
+    mkdir -p "$1" && mount -t tmpfs none "$1"; status=$?
     if [ "$2" = node ]; then mknod "$1/kmsg" c 1 11 && dd if="$1/kmsg" count=0; status=$?; rm "$1/kmsg"; fi
     umount "$1"; rmdir "$1"
     return $status
 }
 echo "processes it sees|$(ls -d /proc/[0-9]* | wc -l)"
 echo "its own number|$$"
-echo "host name|$(hostname)"
+echo "host name|$(uname -n)"
 echo "network interfaces|$(grep -c : /proc/net/dev)"
 echo "mounts it sees|$(grep -c . /proc/self/mounts)"
 echo "memory limit|$(limit memory memory.limit_in_bytes memory.max)"
 echo "process limit|$(limit pids pids.max pids.max)"
 can "may signal the host's" kill -0 "$1"
 can "may mount" with_mount "/tmp/mocker-probe.$$"
-can "may rename the host" hostname "$(hostname)"
+can "may rename the host" sh -c "uname -n >/proc/sys/kernel/hostname"  # to the name that it has
 can "may make a device" with_mount "/tmp/mocker-probe.$$" node
 can "may set the kernel" dd of=/proc/sys/kernel/panic count=0 conv=notrunc
 sed -n "s/^CapEff:\s*/capabilities|/p; s/^Seccomp:\s*/system call filter|/p" /proc/self/status
