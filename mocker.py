@@ -2927,8 +2927,7 @@ def diff(arguments):
     directory = store("containers", container["id"])
     unshare(CLONE_NEWNS, ["mount"])  # where the layers alone are seen, as it found them
     mount("none", "/", "", MS_REC | MS_PRIVATE)
-    busy = f"{name} can't be compared with its image ({{}}): try again"
-    with explained(OSError, busy), contextlib.ExitStack() as undo:
+    with explained(OSError, f"{name} can't be compared ({{}}): try again"), contextlib.ExitStack() as undo:
         scratch = undo.enter_context(partial_directory())
         mount_overlay(lower_layers(directory), scratch)
         undo.callback(unmount, f"{scratch}/rootfs")
