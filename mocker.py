@@ -1035,6 +1035,7 @@ def verify_layer(digest, diff_id):
         except MockerError:
             os.unlink(file.name)  # so that the next pull fetches it again
             raise
+        file.seek(0)
         inflate(decompressed(file), diff_id, nowhere)
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
@@ -2753,7 +2754,8 @@ def compare(arguments):
     if answers["docker"] is None:
         say(f"docker is not here, or has not the image: docker pull {image}")
         del answers["docker"]
-    check(all(answers.values()), f"the probe can't run in {image}: it takes a shell, as busybox has one")
+    silent = [world for world in answers if not answers[world]]
+    check(not silent, f"the probe can't run in {image} ({', '.join(silent)}): it takes a shell, as busybox has one")
     columns = [dict(line.split("|", 1) for line in text.splitlines()) for text in answers.values()]
     rows = [[row, *(in_short(row, column.get(row, "?")) for column in columns)] for row in columns[0]]
     print(tabulate.tabulate(rows, headers=["", *answers], disable_numparse=True))
