@@ -2527,10 +2527,10 @@ def make_server(address, port, answer):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            asked = url.urlsplit(self.path)
             try:
+                asked = url.urlsplit(self.path)
                 answer(self, asked.path, dict(url.parse_qsl(asked.query)))
-            except (MockerError, FileNotFoundError, TypeError):  # the store has lost it
+            except (MockerError, FileNotFoundError, TypeError, ValueError):  # the store has lost it, or it is none
                 refuse(self, 404, "BLOB_UNKNOWN")
 
         do_HEAD = do_GET
