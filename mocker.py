@@ -862,8 +862,9 @@ def be_worker(parent):
     die_with(parent)
     for stop in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(stop, signal.SIG_DFL)
-    unshare(CLONE_NEWNS, ["mount"])
-    mount("none", "/", "", MS_REC | MS_PRIVATE)
+    if "SYS_ADMIN" in capabilities_of("CapEff"):  # doctor starts one without, too
+        unshare(CLONE_NEWNS, ["mount"])
+        mount("none", "/", "", MS_REC | MS_PRIVATE)
 
 def fetch_layer(reference, authorization, number, blob, diff_ids, partial):
     """One layer, in a worker: its blob into the store, its files onto the layers below. → the first names"""
@@ -1460,8 +1461,7 @@ def ask_kernel(command, kind, mode, attributes, **fields):
         # its messages alone, and give them an empty package to live in.
         spec = importlib.util.find_spec("pyroute2")
         check(spec, "the Python package 'pyroute2' is missing: pip install -r requirements.txt, or --network=none")
-        sys.modules["pyroute2"] = type(sys)("pyroute2")
-        sys.modules["pyroute2"].__path__ = spec.submodule_search_locations
+        sys.modules["pyroute2"] = importlib.util.module_from_spec(spec)
     message = getattr(importlib.import_module(f"pyroute2.netlink.rtnl.{MESSAGES[kind]}"), MESSAGES[kind])()
     message["header"] = {"type": kind, "flags": REQUEST | ACKNOWLEDGE | mode, "sequence_number": 1, "pid": 0}
     for name, value in {**fields, "attrs": attributes}.items():
@@ -1639,13 +1639,19 @@ IPTABLES = "iptables", "iptables-legacy"  # mostly the first one is for nftables
 
 def add_rules(owner, rules, undo):
     """Add (chain, rule for nft, the same for iptables) to the NAT, under an owner's name. False if nothing can."""
+    if add_nft(owner, rules):
+        return True
+    undo.note(delete_iptables, owner)
+    return add_iptables(owner, rules)
+
+def add_nft(owner, rules):
     chains = ""
     for chain, priority in CHAINS.items():
         own = "".join(f"{rule}; " for hook, rule, _ in rules if hook == chain)
         chains += f"chain {chain} {{ type nat hook {chain} priority {priority}; {own}}}; "
-    if run_tool(["nft", "-f", "-"], f"table ip {owner} {{ {chains}}}") is not None:
-        return True
-    undo.note(delete_iptables, owner)
+    return run_tool(["nft", "-f", "-"], f"table ip {owner} {{ {chains}}}") is not None
+
+def add_iptables(owner, rules):
     return any(all(run_tool([tool, "-w", "-t", "nat", "-A", chain.upper(), *rule.split(), *COMMENT, owner]) is not None
                    for chain, _, rule in rules) for tool in IPTABLES)
 
@@ -2612,14 +2618,18 @@ def doctor(arguments):
       mocker doctor
     """
     status, story.level = 0, QUIET
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)  # else what stops us would look like one more finding
     for look in (look_at_kernel, look_at_root, look_at_packages, try_namespaces, try_overlay, look_at_cgroup,
-                 look_at_firewall, look_at_subnet, ask_hub, look_for_leftovers):
+                 try_firewall, look_at_subnet, ask_hub, look_for_leftovers):
         try:
             verdict, found = "ok", look()
         except MockerError as error:
             verdict, found = "LACKS" if error.status else "warn", error
         status = status or int(verdict == "LACKS")
         print(f"{verdict:6} {look.__name__.rpartition('_')[2]}: {printable(str(found))}")
+        if status and look is look_at_kernel:
+            break  # the others look at Linux
     return status
 
 def look_at_kernel():
@@ -2638,12 +2648,15 @@ def look_at_packages():
     return ", ".join(names)
 
 def try_in_a_worker(function):
-    """In a process with mounts of its own, so that nothing is left."""
-    check(os.geteuid() == 0 and "SYS_ADMIN" in capabilities_of("CapEff"), "can't be tried without root: sudo …")
-    with workers(1) as pool:
-        return pool.submit(function).result()
+    """In a process with namespaces of its own, so that nothing is left; and within ten seconds."""
+    with workers(1) as pool, explained((futures.TimeoutError, ImportError, OSError), "{}: network, packages, disk?"):
+        return pool.submit(function).result(10)
+
+def need_trial():
+    check("SYS_ADMIN" in capabilities_of("CapEff"), "can't be tried without root: sudo …")
 
 def try_namespaces():
+    need_trial()
     return try_in_a_worker(leave_all_namespaces)
 
 def leave_all_namespaces():
@@ -2651,6 +2664,7 @@ def leave_all_namespaces():
     return "mount, uts, ipc, pid, net, cgroup"
 
 def try_overlay():
+    need_trial()
     return try_in_a_worker(mount_an_overlay)
 
 def mount_an_overlay():
@@ -2670,12 +2684,18 @@ def look_at_cgroup():
                           "cgroup_enable=memory on the kernel's command line", status=0)
     return f"v{version}, with memory, pids, cpu"
 
-def look_at_firewall():
-    for tool in ["nft", "list", "tables"], *([tool, "-w", "-S"] for tool in IPTABLES):
-        if os.geteuid() == 0 and run_tool(tool) is not None:
-            return tool[0]
-    raise MockerError("neither nft nor iptables works: a container reaches this machine, but not beyond, and no port "
-                      "is published: apt install nftables, as root", status=0)
+def try_firewall():
+    tool = try_in_a_worker(masquerade) if "NET_ADMIN" in capabilities_of("CapEff") else None
+    if not tool:
+        raise MockerError("neither nft nor iptables works: a container reaches this machine, but not beyond, and no "
+                          "port is published: apt install nftables, as root", status=0)
+    return tool
+
+def masquerade():
+    """In a network of its own: that nft can list its tables does not say that this kernel has NAT."""
+    unshare(CLONE_NEWNET, ["net"])
+    rules = [("postrouting", "masquerade", "-j MASQUERADE")]
+    return "nft" if add_nft("mocker", rules) else "iptables" if add_iptables("mocker", rules) else None
 
 def look_at_subnet():
     routes = read_routes()
@@ -2686,22 +2706,26 @@ def look_at_subnet():
     return f"{SUBNETS[0]}.0/24 is free"
 
 def ask_hub():
+    try:
+        return try_in_a_worker(ask_for_hello_world)
+    except MockerError as error:
+        there = len(all_images())
+        raise MockerError(f"{error}; {there} images are here", status=error.status if not there else 0) from None
+
+def ask_for_hello_world():
     """By HEAD, which does not count as a pull; once, and no second time."""
     registry = Registry(Reference("hello-world"))
     for scheme in "https://", "http://":
         registry.session.mount(scheme, requests.adapters.HTTPAdapter())
-    try:
-        answer = registry.get("manifests/latest", "HEAD", Accept=", ".join(MANIFEST_TYPES + INDEX_TYPES))
-    except MockerError as error:
-        there = len(all_images())
-        raise MockerError(f"{error}; {there} images are here", status=error.status if not there else 0) from None
+    answer = registry.get("manifests/latest", "HEAD", Accept=", ".join(MANIFEST_TYPES + INDEX_TYPES))
     left = answer.headers.get("ratelimit-remaining", "").partition(";")[0]
     check(left != "0", f"{registry.base} has no pulls left for this address: docker login, or mocker serve next door")
     return f"{registry.base} answers" + (f", {left} pulls are left" if left else "")
 
 def look_for_leftovers():
     there, running = all_containers() if os.geteuid() == 0 else [], container_ids()
-    return f"{len(running)} containers run, {len(there) - len(running)} that have ended are kept (mocker clean)"
+    return (f"{len(running)} containers run, {len(there) - len(running)} that have ended are kept "
+            "(mocker clean --containers)")
 
 # ── The slide: what each part gives ────────────────────────────────────────────────────────────────
 
@@ -2724,9 +2748,9 @@ echo "network interfaces|$(grep -c : /proc/net/dev)"
 echo "mounts it sees|$(grep -c . /proc/self/mounts)"
 echo "memory limit|$(limit memory memory.limit_in_bytes memory.max)"
 echo "process limit|$(limit pids pids.max pids.max)"
-can "may signal the host's" kill -0 "$1"
+can "may signal the host's" sh -c 'test -e "/proc/$1/root$0" && kill -0 "$1"' "$0" "$1"  # not just one of that number
 can "may mount" with_mount "/tmp/mocker-probe.$$"
-can "may rename the host" sh -c "uname -n >/proc/sys/kernel/hostname"  # to the name that it has
+can "may rename the host" dd of=/proc/sys/kernel/hostname count=0 conv=notrunc  # it is only opened
 can "may make a device" with_mount "/tmp/mocker-probe.$$" node
 can "may set the kernel" dd of=/proc/sys/kernel/panic count=0 conv=notrunc
 sed -n "s/^CapEff:\s*/capabilities|/p; s/^Seccomp:\s*/system call filter|/p" /proc/self/status
@@ -2741,10 +2765,11 @@ def compare(arguments):
     need_root("compare")
     image = arguments["<name>"] or "busybox"
     find_image(image)
-    limits, probe = ["-m", "64m", "--pids-limit", "100"], ["sh", "-c", PROBE, "sh", str(os.getpid())]
+    limits = ["-m", "64m", "--pids-limit", "100"]
+    probe = ["sh", "-c", PROBE, os.path.realpath(__file__), str(os.getpid())]  # a file and a process of the host
     mocker = [sys.executable, __file__, "run", "-q", "--rm"]
     worlds = {
-        "host": probe,
+        "host": ["unshare", "-m", *probe],  # what it mounts shows nowhere else
         "chroot": [*mocker, "--only=chroot", image, *probe],
         "cgroup": [*mocker, "--only=cgroup", *limits, image, *probe],
         "mocker": [*mocker, *limits, image, *probe],
@@ -2982,6 +3007,8 @@ def parse_arguments(argv):
         raise SystemExit(print(__doc__[__doc__.index("Usage:") :].strip()))
     if argv[:1] == ["--version"]:
         raise SystemExit(print(f"mocker {__version__}"))
+    if argv == ["doctor"]:  # which must be able to say that docopt is missing
+        return doctor, {}
     if argv and argv[0] in COMMANDS:
         function = COMMANDS[argv[0]]
         if argv[1:2] in (["-h"], ["--help"]):

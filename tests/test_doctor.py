@@ -2,10 +2,13 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
+from pathlib import Path
 
 import machine
 import pytest
@@ -71,13 +74,66 @@ def test_no_firewall(mocker):
     assert found["firewall"][0] == "warn" and "apt install nftables" in found["firewall"][1]
 
 
-def test_a_package_is_missing(mocker):
-    code = ("import sys, importlib.util; find = importlib.util.find_spec\n"
-            "importlib.util.find_spec = lambda name, *rest: None if name == 'tabulate' else find(name, *rest)\n"
-            f"sys.path[0] = {str(MOCKER.parent)!r}; import mocker; mocker.main()")
-    done = subprocess.run([sys.executable, "-c", code, str(MOCKER), "doctor"],
-                          env=mocker.env, capture_output=True, text=True, check=False, timeout=120)
-    assert verdicts(done)["packages"] == ("LACKS", "tabulate missing: pip install -r requirements.txt")
+def doctor_by(mocker, code, env=()):
+    """doctor, after that was done to it as a module."""
+    program = f"import importlib.util, sys, mocker\n{code}\nmocker.main()"
+    command = [sys.executable, "-c", program, str(MOCKER), "doctor"]
+    env = {**mocker.env, **dict(env)}
+    return subprocess.run(command, env=env, cwd=MOCKER.parent, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["tabulate", "docopt", "requests", "pyroute2"])
+def test_a_package_is_missing(mocker, name):
+    """The rest is looked at all the same; but for `requests`, which the hub takes."""
+    hide = f"""
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == {name!r} else find(name, *rest)
+sys.modules[{name!r}] = None"""
+    found = verdicts(doctor_by(mocker, hide))
+    assert found["packages"] == ("LACKS", f"{name} missing: pip install -r requirements.txt")
+    assert found["hub"][0] == ("LACKS" if name == "requests" else "ok")
+
+
+@pytest.mark.parametrize("change", ["sys.platform = 'darwin'", "mocker.LINUX = [4, 19]"])
+def test_another_kernel(mocker, change):
+    """Then the rest doesn't matter."""
+    done = doctor_by(mocker, change)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (1, "", 1)
+    assert done.stdout.startswith("LACKS  kernel: ")
+
+
+def test_a_store_that_can_t_be(mocker):
+    found = verdicts(doctor_by(mocker, "", {"MOCKER_HOME": "/proc/nowhere"}))
+    assert found["overlay"][0] == "LACKS" and found["leftovers"][0] == "ok"
+
+
+def test_after_a_killed_mocker(store, start):
+    """What it left was cleared away by netlink, for which the package pyroute2 is there in part only."""
+    container = start("busybox", "sleep", "1000")
+    container.process.kill()
+    container.process.wait()
+    done = store("doctor")
+    assert done.stderr == f"clearing away container {container.id}, whose mocker was killed\n"
+    assert (done.returncode, done.stdout.count("ok ")) == (0, len(CHECKS))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_hub_that_never_answers_is_not_waited_for(store, stored):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        env = {"MOCKER_HUB": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        begin = time.monotonic()
+        found = verdicts(store("doctor", env=env if stored else {**env, "MOCKER_HOME": f"{store.home}/none"}))
+    assert found["hub"][0] == ("warn" if stored else "LACKS") and found["hub"][1].startswith("TimeoutError: network")
+    assert time.monotonic() - begin < 20
+
+
+def test_ctrl_c_is_no_finding(mocker):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        process = mocker.popen("doctor", env={"MOCKER_HUB": f"http://127.0.0.1:{server.getsockname()[1]}"})
+        with server.accept()[0]:
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (-signal.SIGINT, "") and "hub" not in output
 
 
 def test_pulls_that_are_left(mocker, fake):
@@ -107,7 +163,7 @@ def test_a_hub_out_of_reach_is_no_end_if_there_are_images(store):
 def test_containers_are_counted(store):
     store("run", "-q", "busybox", "true", check=True)
     text = verdicts(store("doctor"))["leftovers"][1]
-    assert text == "0 containers run, 1 that have ended are kept (mocker clean)"
+    assert text == "0 containers run, 1 that have ended are kept (mocker clean --containers)"
 
 
 def table(done):
@@ -147,6 +203,22 @@ def test_compare_with_docker(store, tmp_path):
     assert heads == ["host", "chroot", "cgroup", "mocker", "docker"]
     assert all(cells["docker"] == cells["mocker"] for row, cells in rows.items() if row != "host name"
                and row != "processes it sees")
+
+
+def test_the_probe_does_nothing_to_the_host(store):
+    """It is asked as `compare` does; all that is mounted is the probe's own, what could be set is only opened."""
+    name, mounts = Path("/proc/sys/kernel/hostname"), Path("/proc/self/mounts").read_text()
+    store("compare", check=True)
+    assert name.read_text().strip() == socket.gethostname()
+    assert Path("/proc/self/mounts").read_text() == mounts
+
+
+def test_another_process_of_that_number_is_not_the_host_s(store):
+    """1 is in the container, too."""
+    program = "import mocker; print(mocker.PROBE)"
+    probe = subprocess.run([sys.executable, "-c", program], cwd=MOCKER.parent, capture_output=True, text=True).stdout
+    done = store("run", "-q", "--rm", "busybox", "sh", "-c", probe, str(MOCKER), "1", check=True)
+    assert "may signal the host's|no\n" in done.stdout
 
 
 def test_compare_an_image_without_a_shell(store):
