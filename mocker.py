@@ -696,7 +696,10 @@ def confined(directory):
         sys.meta_path = finders
 
 class GrowingFile(io.FileIO):
-    """A tar that is read while another thread writes it. More than 1 MiB at once only a forged header asks for."""
+    """A tar that is read while another thread writes it, and waits for what is not there yet.
+
+    `written` is that thread's Future. More than 1 MiB at once only a forged header asks for.
+    """
 
     def __init__(self, path, written):
         super().__init__(path)
@@ -775,7 +778,7 @@ class Unpacker:
             shutil.rmtree(path)
             self.times = {other: stamp for other, stamp in self.times.items() if not f"{other}/".startswith(f"{path}/")}
         except FileNotFoundError:
-            pass  # mostly
+            pass  # as for nearly every member
 
     def whiteout(self, folder, name):
         """`.wh.NAME` deletes NAME of the layers below, `.wh..wh..opq` all that they have in this directory."""
@@ -829,7 +832,7 @@ def set_metadata(path, member):
     return stamp
 
 def unpack_layer(file, directory, below):
-    """A tar onto the layers below, under an overlay: the kernel notes the difference in directory/upper.
+    """A tar onto the layers below, if any, under an overlay: the kernel notes the difference in directory/upper.
 
     So a parent directory that the tar leaves out keeps its mode, a hard link finds its target, and what a
     whiteout removes becomes what overlayfs knows as one. → the first ten names
@@ -863,8 +866,7 @@ def be_worker(parent):
     for stop in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(stop, signal.SIG_DFL)
     if "SYS_ADMIN" in capabilities_of("CapEff"):  # doctor starts one without, too
-        unshare(CLONE_NEWNS, ["mount"])
-        mount("none", "/", "", MS_REC | MS_PRIVATE)
+        unshare_mounts()
 
 def fetch_layer(reference, authorization, number, blob, diff_ids, partial):
     """One layer, in a worker: its blob into the store, its files onto the layers below. → the first names"""
@@ -875,12 +877,14 @@ def fetch_layer(reference, authorization, number, blob, diff_ids, partial):
         if not os.path.exists(blob_path(blob["digest"])):
             registry = Registry(reference, authorization)  # a connection can't be shared
             fetch_blob(registry, blob, partial, functools.partial(story.received.__setitem__, number))
-    with damage_explained(), open(blob_path(blob["digest"]), "rb") as file, open(f"{directory}.tar", "wb") as tar:
-        written = futures.ThreadPoolExecutor(1).submit(inflate, decompressed(file), diff_ids[-1], tar)
+    with damage_explained(), futures.ThreadPoolExecutor(1) as thread, \
+            open(blob_path(blob["digest"]), "rb") as file, open(f"{directory}.tar", "wb") as tar:
+        written = thread.submit(inflate, decompressed(file), diff_ids[-1], tar)
         while not all(map(os.path.isdir, below)):  # another worker is at it
             time.sleep(0.005)
         try:
-            names = unpack_layer(GrowingFile(tar.name, written), directory, below[::-1])
+            with GrowingFile(tar.name, written) as growing:
+                names = unpack_layer(growing, directory, below[::-1])
         finally:
             written.result()  # if it failed, that is the reason
         os.unlink(tar.name)
@@ -1101,6 +1105,11 @@ def unshare(flags, names):
     tell("unshare " + " ".join(f"--{name}" for name in names))
     call("unshare", flags, what=f"unshare {', '.join(names)}")
 
+def unshare_mounts():
+    """A mount table of our own, whose changes stay in it: systemd shares / (man 7 mount_namespaces)."""
+    unshare(CLONE_NEWNS, ["mount"])
+    mount("none", "/", "", MS_REC | MS_PRIVATE)
+
 @contextlib.contextmanager
 def coming_back(kind, flag):
     """Leave a namespace for a while; setns(2) takes an open file that stands for one."""
@@ -1146,13 +1155,16 @@ def read_kernel_file(path):
     except OSError:
         return ""
 
-def need_root(command):
-    """Before anything is done, not half-way through."""
+def need_linux():
+    machine = os.uname().machine
     check(sys.platform == "linux", "containers are made of Linux: on a Mac or Windows, "
           "docker run --privileged -v mocker:/root/mocker -it python:3")
-    check(os.geteuid() == 0, f"{command} needs root, for mounts and namespaces: sudo {sys.executable} {__file__} …")
-    machine = os.uname().machine
     check(machine in ("x86_64", "aarch64"), f"mocker knows the system calls of x86_64 and aarch64, not of {machine}")
+
+def need_root(command):
+    """Before anything is done, not half-way through."""
+    need_linux()
+    check(os.geteuid() == 0, f"{command} needs root, for mounts and namespaces: sudo {sys.executable} {__file__} …")
     check("SYS_ADMIN" in capabilities_of("CapEff") or command == "clean",
           "this root lacks CAP_SYS_ADMIN, as in a plain container: docker run --privileged, or a real machine")
 
@@ -1302,7 +1314,7 @@ def mount_overlay(layers, directory):
         os.makedirs(f"{directory}/{part}", exist_ok=True)
     tell(f"cd {directory}/lower")
     os.chdir(f"{directory}/lower")
-    if not layers:  # the lowest one
+    if not layers:  # there is nothing to lay it over
         mount("../upper", "../rootfs", "", MS_BIND)
         return mount("none", "../rootfs", "", MS_REMOUNT | MS_BIND | MS_NODEV)
     for number, layer in enumerate(layers):
@@ -2633,8 +2645,9 @@ def doctor(arguments):
     return status
 
 def look_at_kernel():
-    check(sys.platform == "linux" and LINUX >= [5, 3], f"{sys.platform} {os.uname().release}: it takes Linux 5.3 or "
-          "newer; on a Mac or Windows, docker run --privileged -v mocker:/root/mocker -it python:3")
+    """open_tree(2) came with Linux 5.2, pidfd_open(2) with 5.3."""
+    need_linux()
+    check(LINUX >= [5, 3], f"Linux {os.uname().release} is too old: 5.3 or newer is needed")
     return f"Linux {os.uname().release}, {os.uname().machine}"
 
 def look_at_root():
@@ -2952,8 +2965,7 @@ def diff(arguments):
     container = find_container(name)
     check(container, f"no such container: {name[:100]}: see ls {store('containers')}")
     directory = store("containers", container["id"])
-    unshare(CLONE_NEWNS, ["mount"])  # where the layers alone are seen, as it found them
-    mount("none", "/", "", MS_REC | MS_PRIVATE)
+    unshare_mounts()  # the layers alone are seen there, as it found them
     with explained(OSError, f"{name} can't be compared ({{}}): try again"), contextlib.ExitStack() as undo:
         scratch = undo.enter_context(partial_directory())
         mount_overlay(lower_layers(directory), scratch)

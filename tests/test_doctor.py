@@ -233,7 +233,7 @@ def test_compare_an_image_without_a_shell(store):
 @pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
 def test_compare_on_cgroup_v2(pulled):
     pytest = f"{sys.executable} -m pytest -q -p no:cacheprovider -c pytest.ini"
-    command = f"cd {MOCKER.parent}/tests && {pytest} test_doctor.py -k 'test_compare and not with'"
+    command = f"{machine.WARM_UP}; cd {MOCKER.parent}/tests && {pytest} test_doctor.py -k 'test_compare and not with'"
     with tempfile.TemporaryDirectory(dir="/var/tmp") as shared:  # the host's /tmp is not there
         subprocess.run(["cp", "-a", f"{pulled}/.", shared], check=True)  # with its hard links, or it needs 600 MB
         done = machine.uml(command, timeout=300, env={**os.environ, "MOCKER_TEST_INSIDE": shared})

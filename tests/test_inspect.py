@@ -236,7 +236,7 @@ def test_limits_and_use(start, inspect):
 @pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
 def test_both_on_cgroup_v2_with_iptables(pulled):
     pytest = f"{sys.executable} -m pytest -q -p no:cacheprovider -c pytest.ini"
-    command = f"cd {TESTS} && {pytest} test_inspect.py -k 'kernel_says or limits_and_use'"
+    command = f"{machine.WARM_UP}; cd {TESTS} && {pytest} test_inspect.py -k 'kernel_says or limits_and_use'"
     with tempfile.TemporaryDirectory(dir="/var/tmp") as shared:  # the host's /tmp is not there
         shutil.copytree(pulled, shared, dirs_exist_ok=True, symlinks=True)
         done = machine.uml(command, timeout=300, env={**os.environ, "MOCKER_TEST_INSIDE": shared})
