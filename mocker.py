@@ -1630,9 +1630,9 @@ def create_bridge():
 
 def delete_bridge():
     """With its NAT. Each has the kernel wait for those who may be reading: let them wait together."""
-    deletion = threading.Thread(target=delete_link, args=[BRIDGE])
+    deletion = threading.Thread(target=delete_nft, args=["mocker"])
     deletion.start()
-    delete_nft("mocker")
+    delete_link(BRIDGE)  # not in the thread: it imports, and a signal may have left the import lock with us
     deletion.join()
 
 def delete_network(id, address):

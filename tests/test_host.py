@@ -11,6 +11,7 @@ import time
 import host
 import images
 import pytest
+from conftest import MOCKER
 from containers import free_port, one_line, until
 
 pytestmark = pytest.mark.usefixtures("pulled", "host_as_before")  # in this order
@@ -171,6 +172,15 @@ def test_a_damaged_entry_stops_no_command(store):
     command = ["unshare", "--mount", "sh", "-c", script, "sh", *store.command(["images"])]
     done = subprocess.run(command, env=store.env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_signal_in_the_middle_of_an_import(store):
+    """It may leave the lock of all imports with the main thread; the end of the run must not wait for that."""
+    code = (f"import _imp, sys; sys.path[0] = {str(MOCKER.parent)!r}; import mocker\n"
+            "mocker.set_up_loopback(); _imp.acquire_lock(); mocker.delete_bridge()")
+    command = ["unshare", "--net", sys.executable, "-c", code]
+    done = subprocess.run(command, env=store.env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # ---- in a row, and at once -----------------------------------------------------------------------
