@@ -84,6 +84,7 @@ class story:
     """How much is told, and where to. stdout is the container's; all of this goes to stderr."""
 
     level, output, style = PLAIN, 2, {}
+    script = None  # with --by-hand: what is told, as [(line, does it wrap the rest?)]
     three = received = None  # what a pull's workers share
     stepping = None  # with --step: the terminal from which Enter is read
 
@@ -125,10 +126,16 @@ def say(text):
     if story.level >= PLAIN:
         write_line(text)
 
-def tell(command):
-    """What a primitive is about to do, as the shell command or the system call that does it."""
+def tell(command, wraps=False, by_hand=None):
+    """What a primitive is about to do, as the shell command or the system call that does it.
+
+    What a shell can't do to itself, as unshare, wraps: the rest of a script becomes its argument.
+    by_hand is what a script has instead, where it has to differ.
+    """
     if story.level >= EXPLAIN:
         write_line(f"  $ {command}", "command")
+    if story.script is not None:
+        story.script.append((command if by_hand is None else by_hand, wraps))
 
 def prove(question, answer):
     """What the kernel says, now; `question` is the command that asks the same."""
@@ -142,16 +149,21 @@ def step(part=None):
         @functools.wraps(function)
         def told(*arguments):
             left_out = part is not None and part not in arguments[0].parts
-            if story.level >= EXPLAIN:
-                heading, _, *body = function.__doc__.rstrip().splitlines()
-                write_line("")
-                write_line(f"■ {heading}{' (left out)' * left_out}", "heading")
-                for line in body:
-                    write_line(f"  {line.strip()}")
-                wait_for_enter()
+            heading, _, *body = function.__doc__.rstrip().splitlines()
+            narrate(f"■ {heading}{' (left out)' * left_out}", [f"  {line.strip()}" for line in body])
             return None if left_out else function(*arguments)
         return told
     return decorate
+
+def narrate(heading, body):
+    if story.level >= EXPLAIN:
+        write_line("")
+        write_line(heading, "heading")
+        for line in body:
+            write_line(line)
+        wait_for_enter()
+    if story.script is not None:
+        story.script.append(("\n" + "\n".join(f"# {line}" for line in [heading, *body]), False))
 
 def wait_for_enter():
     """With --step the speaker sets the pace."""
@@ -171,6 +183,27 @@ def set_story(arguments):
     if arguments.get("--step"):
         with explained(OSError, "--step waits for Enter, and there is no terminal: take --explain"):
             story.stepping = os.open("/dev/tty", os.O_RDWR)  # not stdin, which may be the container's
+
+def write_script(program):
+    """What was told so far, and at its end the program, for sh.
+
+    After what wraps comes a shell, which reads the rest of the script from a here-document; but at
+    the end comes the program: without the old root there is no /dev/fd, and soon no shell.
+    """
+    kinds = ["#" if line.lstrip().startswith("#") else wraps for line, wraps in story.script]
+    last, ends, chain = max(n for n, kind in enumerate(kinds) if kind is False), [], []
+    for n, (line, wraps) in enumerate(story.script):
+        if not wraps:
+            print(line)
+        elif n > last:
+            chain.append(line)
+        else:
+            end = f"INSIDE_{len(ends)}"
+            shell = f"{line} sh -e /dev/fd/3 3<<'{end}'".strip()
+            print(f"exec {shell}" if ends else f"{shell} || status=$?")
+            ends.insert(0, end)
+    print("exec", *chain, program, "3<&-")
+    print(*ends, sep="\n", flush=True)
 
 # ═══ The registry: reference, token, manifest, blobs ═════════════════════════════════════════════
 #
@@ -1090,6 +1123,7 @@ def call(name, *arguments, what=None):
 def mount(source, target, kind="", flags=0, data=""):
     """mount(2)"""
     options = ",".join([name for flag, name in MOUNT_OPTIONS.items() if flags & flag] + [data] * bool(data))
+    options = options.replace("bind", "rbind") if flags & MS_REC else options
     command = shlex.join(["mount"] + ["-t", kind] * bool(kind) + ["-o", options] * bool(options) + [source, target])
     command = f"mount --make-rprivate {target}" if flags & MS_PRIVATE else command
     tell(command)
@@ -1102,7 +1136,7 @@ def unmount(target):
 
 def unshare(flags, names):
     """unshare(2): leave a namespace for a new one."""
-    tell("unshare " + " ".join(f"--{name}" for name in names))
+    tell("unshare " + " ".join(f"--{name}" for name in names), wraps=True)
     call("unshare", flags, what=f"unshare {', '.join(names)}")
 
 def unshare_mounts():
@@ -1140,6 +1174,22 @@ def die_with(parent):
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() not in (parent, 0):  # 0: it is outside our pid namespace
         os._exit(1)
+
+def make_directory(path):
+    """With those above it. One that is there is left as it is."""
+    if not os.path.isdir(path):
+        tell(f"mkdir -p {shlex.quote(path)}")
+        os.makedirs(path)
+
+def make_link(target, path):
+    tell(shlex.join(["ln", "-s", target, path]))
+    os.symlink(target, path)
+
+def write_text(path, text):
+    escaped = text.replace("\\", r"\\").replace("\n", r"\n").replace("\t", r"\t")
+    tell(f"printf %b {shlex.quote(escaped)} > {shlex.quote(path)}")
+    with open(path, "w") as file:
+        file.write(text)
 
 def write_kernel_file(path, value):
     """/proc, /sys and cgroups are told what to do by writing to their files."""
@@ -1264,9 +1314,9 @@ LINUX = [int(number) for number in re.findall(r"\d+", os.uname().release)[:2]]
 FEATURES = "index=off,metacopy=off,redirect_dir=off" + ",volatile" * (LINUX >= [5, 10])
 ETC_FILES = ("hosts", "hostname", "resolv.conf")
 # What /proc and /sys tell or do about the whole machine (as runc has it)
-MASKED = ("/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
-          "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap")
-READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+MASKED = ("proc/asound", "proc/acpi", "proc/kcore", "proc/keys", "proc/latency_stats", "proc/timer_list",
+          "proc/timer_stats", "proc/sched_debug", "proc/scsi", "sys/firmware", "sys/devices/virtual/powercap")
+READ_ONLY = ("proc/bus", "proc/fs", "proc/irq", "proc/sys", "proc/sysrq-trigger")
 
 @step()
 def leave_namespaces(container):
@@ -1284,7 +1334,7 @@ def leave_namespaces(container):
         # Else our mounts would show up on the host, where systemd shares / (man 7 mount_namespaces).
         mount("none", "/", "", MS_REC | MS_PRIVATE)
     if "uts" in kinds:
-        tell(f"hostname {container.hostname}")
+        tell(f"echo {shlex.quote(container.hostname)} > /proc/sys/kernel/hostname")
         call("sethostname", container.hostname, len(os.fsencode(container.hostname)))
     for kind, host in container.host_namespaces.items():
         prove(f"readlink /proc/self/ns/{kind}", f"{os.readlink(f'/proc/self/ns/{kind}'):20} the host's: {host}")
@@ -1305,20 +1355,21 @@ def mount_root(container):
         unmount("../rootfs")
         mount("../copy", "../rootfs", "", MS_BIND)
         mount("none", "../rootfs", "", MS_REMOUNT | MS_BIND | MS_NODEV)
+    tell("cd ../rootfs")
     os.chdir("../rootfs")
     prove("tail -1 /proc/self/mounts", read_kernel_file("/proc/self/mounts").splitlines()[-1])
 
 def mount_overlay(layers, directory):
     """directory/rootfs: the layers, the topmost first, and over them directory/upper, which takes what is written."""
     for part in "lower", "upper", "work", "rootfs":
-        os.makedirs(f"{directory}/{part}", exist_ok=True)
-    tell(f"cd {directory}/lower")
+        make_directory(f"{directory}/{part}")
+    tell(f"cd {shlex.quote(directory)}/lower")
     os.chdir(f"{directory}/lower")
     if not layers:  # there is nothing to lay it over
         mount("../upper", "../rootfs", "", MS_BIND)
         return mount("none", "../rootfs", "", MS_REMOUNT | MS_BIND | MS_NODEV)
     for number, layer in enumerate(layers):
-        os.symlink(layer, str(number))  # short names: overlayfs' options must fit in one page
+        make_link(layer, str(number))  # short names: overlayfs' options must fit in one page
     copy_metadata("0", "../upper")  # the root directory itself is seen as the upper's
     options = f"{FEATURES},lowerdir={':'.join(map(str, range(len(layers))))},upperdir=../upper,workdir=../work"
     return mount("overlay", "../rootfs", "overlay", MS_NODEV, options)
@@ -1346,13 +1397,13 @@ def enter_root(container):
     See man 2 pivot_root. Look: cat /proc/PID/mountinfo
     """
     if "pivot_root" not in container.parts:
-        tell("chroot .")
+        tell("chroot . && cd /", by_hand="# (A shell does that last.)")
         os.chroot(".")
     else:
         # The old root comes to lie on top of the new one, so that no directory need be made for it.
-        tell("pivot_root . .")
+        tell("pivot_root . . && umount -l . && cd /", by_hand="# (A shell does that last.)")
         call("pivot_root", ".", ".")
-        unmount(".")
+        call("umount2", ".", MNT_DETACH)
     os.chdir("/")
     sys.meta_path = []  # an import would now run the image's own /usr/lib/python3
 
@@ -1366,26 +1417,31 @@ def mount_kernel_filesystems(container):
     See man 5 proc, man 5 sysfs, OCI runtime-spec config-linux.md. Look: mount, in the container
     """
     plain, writable = MS_NOSUID | MS_NODEV | MS_NOEXEC, 0 if container.privileged else MS_RDONLY
-    mount_at("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k")
+    mount_at("tmpfs", "dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k")
     for name, like in container.devices.items():
-        tell(f"mknod /dev/{name} …")
-        os.mknod(f"/dev/{name}", like.st_mode, like.st_rdev)
-        os.chmod(f"/dev/{name}", stat.S_IMODE(like.st_mode))
-        mount(f"/dev/{name}", f"/dev/{name}", "", MS_BIND)
-    mount("none", "/dev", "", MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | MS_STRICTATIME)
-    mount_at("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
-    mount_at("shm", "/dev/shm", "tmpfs", plain, "mode=1777,size=65536k")
-    mount_at("mqueue", "/dev/mqueue", "mqueue", plain)
-    mount_at("sysfs", "/sys", "sysfs", plain | writable)
-    os.symlink("pts/ptmx", "/dev/ptmx")
+        make_device(f"dev/{name}", like)
+        mount(f"dev/{name}", f"dev/{name}", "", MS_BIND)
+    mount("none", "dev", "", MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | MS_STRICTATIME)
+    mount_at("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
+    mount_at("shm", "dev/shm", "tmpfs", plain, "mode=1777,size=65536k")
+    mount_at("mqueue", "dev/mqueue", "mqueue", plain)
+    mount_at("sysfs", "sys", "sysfs", plain | writable)
+    make_link("pts/ptmx", "dev/ptmx")
     for name, number in LINKS.items():
-        os.symlink(f"/proc/self/fd{number}", f"/dev/{name}")
+        make_link(f"/proc/self/fd{number}", f"dev/{name}")
     mount_cgroups(container, plain, writable)
+
+def make_device(path, like):
+    """A node as another one is: its type, its numbers, its mode."""
+    mode, kind = stat.S_IMODE(like.st_mode), "b" if stat.S_ISBLK(like.st_mode) else "c"
+    tell(f"mknod -m {mode:o} {path} {kind} {os.major(like.st_rdev)} {os.minor(like.st_rdev)}")
+    os.mknod(path, like.st_mode, like.st_rdev)
+    os.chmod(path, mode)  # whatever the umask
 
 def mount_at(source, target, kind, flags, options=""):
     """At a directory that is made if it is missing; a symlink is refused, as by runc."""
-    check(not os.path.islink(target), f"the image's {target} is a symlink: nothing can be mounted there")
-    os.makedirs(target, exist_ok=True)
+    check(not os.path.islink(target), f"the image's /{target} is a symlink: nothing can be mounted there")
+    make_directory(target)
     mount(source, target, kind, flags, options)
 
 @step()
@@ -1397,18 +1453,17 @@ def unpack_parcels(container, parcels):
     See man 2 move_mount.
     """
     for handle, source, target, read_only in parcels:
-        target = os.path.realpath(target)  # also where a dangling symlink points
+        target = os.path.realpath(target).lstrip("/")  # also where a dangling symlink points
+        directory = stat.S_ISDIR(os.fstat(handle).st_mode)
+        make_directory(target if directory else os.path.dirname(target) or ".")
         if not os.path.exists(target):
-            directory = stat.S_ISDIR(os.fstat(handle).st_mode)
-            os.makedirs(target if directory else os.path.dirname(target), exist_ok=True)
-            if not directory:
-                os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
-        tell(f"mount --bind {shlex.quote(source)} {shlex.quote(target)}")
+            write_text(target, "")
+        tell(shlex.join(["mount", "--rbind", source, target]))
         call("move_mount", handle, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH, what=target)
         os.close(handle)
         mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY * read_only)
     # Last: while parcels are open, /proc/self/fd would lead a symlink of the image to them.
-    mount_at("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    mount_at("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 @step("mask")
 def mask_paths(container):
@@ -1422,10 +1477,11 @@ def mask_paths(container):
         mount(path, path, "", MS_BIND | MS_REC)
         mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
     for path in () if container.privileged else filter(os.path.exists, MASKED):
-        mount(*("tmpfs", path, "tmpfs", MS_RDONLY) if os.path.isdir(path) else ("/dev/null", path, "", MS_BIND))
+        mount(*("tmpfs", path, "tmpfs", MS_RDONLY) if os.path.isdir(path) else ("dev/null", path, "", MS_BIND))
 
 def copy_metadata(source, target):
     """Owner, mode, times and xattrs, but for overlayfs' own."""
+    tell("; ".join(f"{tool} --reference={source} {target}" for tool in ("chown", "chmod", "touch")))
     shutil.chown(target, os.stat(source).st_uid, os.stat(source).st_gid)
     shutil.copystat(source, target)
     for name in os.listxattr(target):
@@ -1446,8 +1502,7 @@ def write_etc(container):
     if "nameserver" not in resolver:
         resolver += "\nnameserver 8.8.8.8\nnameserver 8.8.4.4"
     for name, text in zip(ETC_FILES, (hosts, container.hostname + "\n", resolver.strip() + "\n")):
-        with open(f"{container.directory}/{name}", "w") as file:
-            file.write(text)
+        write_text(f"{container.directory}/{name}", text)
 
 # ═══ Its network: bridge, veth pair, address, route, NAT ═════════════════════════════════════════
 #
@@ -1840,16 +1895,16 @@ def join_cgroup(container):
 
 def mount_cgroups(container, plain, writable):
     """/sys/fs/cgroup; by the cgroup namespace its root is the container's own group."""
-    if not container.cgroups or not os.path.isdir(CGROUP):
+    target = CGROUP.lstrip("/")
+    if not container.cgroups or not os.path.isdir(target):
         return None
     if container.cgroup_version == 2:
-        return mount("cgroup", CGROUP, "cgroup2", plain | writable)
-    mount("tmpfs", CGROUP, "tmpfs", plain, "mode=755")
+        return mount("cgroup", target, "cgroup2", plain | writable)
+    mount("tmpfs", target, "tmpfs", plain, "mode=755")
     for directory in container.cgroups:
         name = directory.split("/")[4]
-        os.mkdir(f"{CGROUP}/{name}")
-        mount("cgroup", f"{CGROUP}/{name}", "cgroup", plain | writable, f"{'name=' * (name == 'systemd')}{name}")
-    return mount("none", CGROUP, "", MS_REMOUNT | plain | writable)
+        mount_at("cgroup", f"{target}/{name}", "cgroup", plain | writable, f"{'name=' * (name == 'systemd')}{name}")
+    return mount("none", target, "", MS_REMOUNT | plain | writable)
 
 def delete_cgroup(id):
     """End what is still in it, and remove it. The kernel may need a moment to let the dead go."""
@@ -1980,7 +2035,7 @@ def drop_capabilities(container):
     See man 7 capabilities. Look: grep Cap /proc/PID/status; capsh --decode=…
     """
     dropped = [name for name in capabilities_of("CapBnd") if name not in container.capabilities]
-    tell("setpriv --bounding-set " + (",".join(f"-{name.lower()}" for name in dropped) or "+all"))
+    tell("setpriv --bounding-set " + (",".join(f"-{name.lower()}" for name in dropped) or "+all"), wraps=True)
     for name in dropped:
         call("prctl", PR_CAPBSET_DROP, CAPABILITIES.index(name), 0, 0, 0, what=f"drop {name}")
 
@@ -1998,7 +2053,8 @@ def filter_system_calls(container):
 
 def install_filter(program):
     """prctl(PR_SET_SECCOMP): from here on, for this process and all that it starts."""
-    tell(f"prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, a program of {len(program) // 8} instructions)")
+    command = f"prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, a program of {len(program) // 8} instructions)"
+    tell(command, by_hand=f"# {command}: no command does that")
     buffer = ctypes.create_string_buffer(program)
     header = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
     call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0, what="seccomp")
@@ -2017,7 +2073,8 @@ def become_user(container):
         if os.fstat(stream).st_rdev != os.makedev(1, 3):  # not /dev/null
             os.fchown(stream, uid, -1)  # so that /dev/stdout can be opened again
     if "user" in container.parts:
-        tell(f"setpriv --reuid {uid} --regid {gids[0]} --groups {','.join(map(str, gids))}")
+        groups = f"--regid {gids[0]} --groups {','.join(map(str, gids))}"
+        tell(f"setpriv --reuid {uid} {groups}", wraps=True, by_hand=f"setpriv {groups}")  # it needs root to the last
         os.setgroups(gids)
         os.setresgid(gids[0], gids[0], gids[0])
         os.setresuid(uid, uid, uid)
@@ -2100,7 +2157,7 @@ def run(arguments):
                  [--cap-add=CAP]... [--cap-drop=CAP]... [--name=N] [--hostname=N]
                  [--network=N] [--cpus=N] [--entrypoint=PROGRAM] [--pids-limit=N]
                  [--without=P | --only=P] [--read-only] [--privileged] [--explain]
-                 [--step] [--rm] <name> [<command>...]
+                 [--step] [--by-hand] [--rm] <name> [<command>...]
 
     Options:
       -i, --interactive   keep stdin open          --rm          remove it later
@@ -2113,12 +2170,17 @@ def run(arguments):
       -p, --publish PORT  [ip:]host:container[/udp]
       -m, --memory SIZE   as in 512m               --cpus, --pids-limit  a number
       --explain: tell and show each step. --step: and wait for Enter before it.
+      --by-hand: print a shell script instead, that makes the same container.
       --without, --only: some of net,pid,mount,uts,ipc,cgroup,overlay,pivot_root,
       caps,seccomp,mask,user, to see what each is for; --only=chroot is none.
     """
     need_root("run")
     need_disk()
     container = Container(find_image(arguments["<name>"]), arguments)
+    return rehearse(container) if arguments["--by-hand"] else perform(container)
+
+def perform(container):
+    """What a container is, from the outside."""
     with held_journal(container.id) as undo:
         create_container(container, undo)
         create_cgroup(container, undo)
@@ -2128,6 +2190,25 @@ def run(arguments):
         say("Finalizing")
     say("done")
     return status
+
+def rehearse(container):
+    """--by-hand: all but the program itself. What the steps told on the way is printed, as a script for sh."""
+    missing = {"SETUID", "SETGID", "SYS_CHROOT"} - {*container.capabilities}
+    check(not missing, f"--by-hand needs {', '.join(missing)} to the last, for setpriv(1) and unshare(1): keep them")
+    container.remove, container.terminal, container.takes_stdin = True, False, False  # it has those of the script
+    story.level, story.script = QUIET, [(SCRIPT_HEADER, False)]
+    status = perform(container)
+    if status == 0:
+        print("\n# ■ The end", *(line for line, _ in story.script), "exit $status", sep="\n")
+    return status
+
+SCRIPT_HEADER = """\
+#!/bin/sh
+# The container that `mocker run` makes, by hand: with util-linux, iproute2, nft and coreutils alone.
+# For root on this machine, as it is now. If it fails on the way, run the lines under "The end".
+set -e
+umask 022
+status=0"""
 
 def inside(container):
     """The same story, told by the container's first process on its way in."""
@@ -2142,6 +2223,7 @@ def inside(container):
     open_streams(container)
     mask_paths(container)
     enter_working_directory(container)
+    pivot_by_hand(container)
     drop_capabilities(container)
     filter_system_calls(container)
     become_user(container)
@@ -2267,7 +2349,7 @@ def create_container(container, undo):
     with locked(JOURNALS):
         check(all(other["name"] != container.name for other in all_containers()),
               f"the name '{container.name}' is in use: choose another, or mocker clean --containers once it has ended")
-        os.makedirs(container.directory)
+        make_directory(container.directory)
         write_config(container, "created")
 
 def write_config(container, status, **more):
@@ -2307,7 +2389,10 @@ def start(container):
     with coming_back("pid_for_children", CLONE_NEWPID), inner:
         if "pid" in container.parts:
             unshare(CLONE_NEWPID, ["pid", "fork"])
+        else:
+            tell("fork", wraps=True, by_hand="")
         container.pid = fork(go_inside, container, inner, os.getpid())
+    story.script = story.script and []  # the child has it now, and goes on
 
 def fork(function, *arguments):
     """A child that does this and nothing else. → its pid"""
@@ -2319,7 +2404,7 @@ def fork(function, *arguments):
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
-            os._exit(status)
+            os._exit(status or 0)
     return pid
 
 def go_inside(container, wire, mocker):
@@ -2363,10 +2448,10 @@ def open_streams(container):
 
 def enter_working_directory(container):
     """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else."""
-    os.makedirs(container.working_directory, exist_ok=True)
-    os.chdir(container.working_directory)
+    make_directory(container.working_directory.lstrip("/") or ".")
     if container.read_only:
-        mount("none", "/", "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY)
+        mount("none", ".", "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY)
+    os.chdir(container.working_directory)
 
 @step()
 def execute(container):
@@ -2382,6 +2467,8 @@ def execute(container):
     try:
         if "/" not in name and not found:
             raise FileNotFoundError(errno.ENOENT, "not found in $PATH")
+        if story.script is not None:
+            return write_script(by_hand(container))
         say(f'Running "{" ".join(container.arguments)}"')
         for variable, value in container.environment.items():
             say(f"Setting ENV {variable}={value}")
@@ -2390,6 +2477,23 @@ def execute(container):
     except OSError as error:  # as a shell: 127 if it, or its interpreter, is not there; 126 if it can't be run
         raise MockerError(f'exec "{name}": {error.strerror}: look into the image, or give another command',
                           127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126) from None
+
+def pivot_by_hand(container):
+    """A script's tools lie in the old root, so it lets go of that only now. Till here its paths were relative."""
+    if story.script is not None and "pivot_root" in container.parts:
+        rootfs = shlex.quote(f"{container.directory}/rootfs")
+        narrate("■ pivot_root, from a shell that takes a second view of the old root as its own meanwhile", [])
+        tell("mkdir ../host")
+        tell("mount --rbind / ../host")
+        tell("unshare --root=../host --wd=.", wraps=True)
+        tell(f"nsenter --mount=/proc/self/ns/mnt pivot_root {rootfs} {rootfs}")
+        tell("nsenter --mount=/proc/self/ns/mnt umount -l /")
+
+def by_hand(container):
+    """As execute does it, for a script: unshare looks for the program in $PATH, in the new root."""
+    variables = [f"{name}={value}" for name, value in container.environment.items()]
+    return (f'env -i {shlex.join(variables)} "$(command -v unshare)" --root=. --wd={shlex.quote(os.getcwd())} '
+            f"--setuid={os.getuid()} -- {shlex.join(container.arguments)}")
 
 # ── Its parent: streams, signals, the end ──────────────────────────────────────────────────────────
 
@@ -2502,6 +2606,8 @@ def open_copies(container):
     /tmp is everybody's. So the file is made under a name that nobody can know and renamed: a link
     that another user planted as /tmp/stdout is replaced, not followed.
     """
+    if story.script is not None:
+        return []
     copies = [os.open(f"{container.directory}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)]
     mine = f"/tmp/.stdout_{os.urandom(8).hex()}"
     try:
