@@ -410,7 +410,7 @@ def find_credentials(host):
     helper = entry("credHelpers") or config.get("credsStore")
     if helper:
         server = "https://index.docker.io/v1/" if host == DOCKER_HUB else host
-        answer = run_tool([f"docker-credential-{helper}", "get"], server) or "{}"
+        answer = ask_tool([f"docker-credential-{helper}", "get"], server) or "{}"
         found = parse_json(answer, {"Username?": TEXT, "Secret?": TEXT}, f"docker-credential-{helper}")
         return (found["Username"], found["Secret"]) if "Secret" in found else None
     with explained(ValueError, f"the entry of {host} in {what} is damaged: docker login {host}"):
@@ -418,9 +418,15 @@ def find_credentials(host):
         user, colon, password = base64.b64decode(auth).decode().partition(":")
     return (user, password) if colon else None
 
-def run_tool(command, text=None):
-    """Another program, told as a command → its output; None if it is not there or refuses."""
-    tell(shlex.join(command) + (f" <<< {shlex.quote(text)}" if text else ""))
+def run_tool(command):
+    """Another program, told as a command once it has done it → its output; None if it is not there or refuses."""
+    output = ask_tool(command)
+    if output is not None:
+        tell(shlex.join(command))
+    return output
+
+def ask_tool(command, text=None):
+    """The same for one that changes nothing, which need not be told."""
     # cron's PATH, and that of `su` without a dash, has no sbin, where nft is.
     path = [place for folder in os.get_exec_path() for place in (folder, re.sub("/bin$", "/sbin", folder))]
     with contextlib.suppress(FileNotFoundError, PermissionError):
@@ -1131,8 +1137,8 @@ def mount(source, target, kind="", flags=0, data=""):
 
 def unmount(target):
     """umount2(2), lazily: it leaves the tree at once, whoever may be using it."""
-    tell(f"umount -l {target}")
     call("umount2", target, MNT_DETACH, what=f"umount {target}")
+    tell(f"umount -l {target}")
 
 def unshare(flags, names):
     """unshare(2): leave a namespace for a new one."""
@@ -1178,8 +1184,8 @@ def die_with(parent):
 def make_directory(path):
     """With those above it. One that is there is left as it is."""
     if not os.path.isdir(path):
+        os.makedirs(os.path.abspath(path))
         tell(f"mkdir -p {shlex.quote(path)}")
-        os.makedirs(path)
 
 def make_link(target, path):
     tell(shlex.join(["ln", "-s", target, path]))
@@ -1193,9 +1199,9 @@ def write_text(path, text):
 
 def write_kernel_file(path, value):
     """/proc, /sys and cgroups are told what to do by writing to their files."""
-    tell(f"echo {value} > {path}")
     with explained(OSError, f"echo {value} > {path}: {{}}"), open(path, "w") as file:
         file.write(str(value))
+    tell(f"echo {value} > {path}")
 
 def read_kernel_file(path):
     """What it says now; nothing if it is not there."""
@@ -1300,6 +1306,7 @@ def detach(path):
 def remove_empty(directory):
     with contextlib.suppress(OSError):  # somebody else may use it now
         os.rmdir(directory)
+        tell(f"rmdir {directory}")
 
 # ═══ Its root: overlay, /proc, /sys, /dev, pivot_root ════════════════════════════════════════════
 #
@@ -1519,10 +1526,11 @@ NET_SYSCTLS = {"ipv4/ping_group_range": "0 2147483647", "ipv4/ip_unprivileged_po
 NEW_LINK, DELETE_LINK, NEW_ADDRESS, NEW_ROUTE = 16, 17, 20, 24  # man 7 rtnetlink
 MESSAGES = {NEW_LINK: "ifinfmsg", DELETE_LINK: "ifinfmsg", NEW_ADDRESS: "ifaddrmsg", NEW_ROUTE: "rtmsg"}
 REQUEST, ACKNOWLEDGE, CREATE = 0x1, 0x4, 0x600  # CREATE: and it must not be there yet
+UP = {"flags": 1, "change": 1}  # of a link: the flag, and which flags to set
+MAIN_TABLE, BOOT, UNICAST = 254, 3, 1  # of a route, as ip-route(8) has them if not told otherwise
 
-def ask_kernel(command, kind, mode, attributes, **fields):
+def ask_kernel(command, kind, fields, **attributes):
     """One request about links, addresses or routes of the network namespace that we are in, and its answer."""
-    tell(command)
     if "pyroute2" not in sys.modules:
         # pyroute2 imports all that it has, which takes longer than a container to start; we need
         # its messages alone, and give them an empty package to live in.
@@ -1530,8 +1538,9 @@ def ask_kernel(command, kind, mode, attributes, **fields):
         check(spec, "the Python package 'pyroute2' is missing: pip install -r requirements.txt, or --network=none")
         sys.modules["pyroute2"] = importlib.util.module_from_spec(spec)
     message = getattr(importlib.import_module(f"pyroute2.netlink.rtnl.{MESSAGES[kind]}"), MESSAGES[kind])()
-    message["header"] = {"type": kind, "flags": REQUEST | ACKNOWLEDGE | mode, "sequence_number": 1, "pid": 0}
-    for name, value in {**fields, "attrs": attributes}.items():
+    flags = REQUEST | ACKNOWLEDGE | (0 if kind == DELETE_LINK else CREATE)
+    message["header"] = {"type": kind, "flags": flags, "sequence_number": 1, "pid": 0}
+    for name, value in {**fields, **nested(**attributes)}.items():
         message[name] = value
     message.encode()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
@@ -1540,19 +1549,20 @@ def ask_kernel(command, kind, mode, attributes, **fields):
         number = -struct.unpack_from("i", kernel.recv(65536), 16)[0]
     if number:
         raise MockerError(f"{command}: {os.strerror(number)}", number=number)
+    tell(command)
 
-def set_up(name):
-    ask_kernel(f"ip link set {name} up", NEW_LINK, 0, [("IFLA_IFNAME", name)], flags=1, change=1)
+def nested(**attributes):
+    """As pyroute2 wants them in a message, and in an attribute that has some."""
+    return {"attrs": list(attributes.items())}
 
 def add_address(name, address):
-    attributes = [("IFA_LOCAL", address), ("IFA_ADDRESS", address)]
-    ask_kernel(f"ip address add {address}/24 dev {name}", NEW_ADDRESS, CREATE, attributes,
-               family=2, prefixlen=24, index=socket.if_nametoindex(name))
+    fields = {"family": socket.AF_INET, "prefixlen": 24, "index": socket.if_nametoindex(name)}
+    ask_kernel(f"ip address add {address}/24 dev {name}", NEW_ADDRESS, fields, IFA_LOCAL=address, IFA_ADDRESS=address)
 
 def delete_link(name):
     """What is gone already is no error."""
     try:
-        ask_kernel(f"ip link delete {name}", DELETE_LINK, 0, [("IFLA_IFNAME", name)])
+        ask_kernel(f"ip link delete {name}", DELETE_LINK, {}, IFLA_IFNAME=name)
     except MockerError as error:
         if error.errno != errno.ENODEV:
             raise
@@ -1563,75 +1573,77 @@ def create_network(container, undo):
 
     A network namespace has interfaces, routes and a firewall of its own, at first only a loopback
     that is down. A veth pair is a wire with two ends: veth0 stays here, on the bridge mocker0;
-    veth1 goes in, and gets an address and a default route. NAT lets what the container sends leave
-    under this machine's address.
+    veth1 goes in, where it will get an address. NAT lets what the container sends leave under this
+    machine's address.
     See man 7 network_namespaces, man 4 veth. Look: ip netns; ip -n NAME address; bridge link
     """
     if container.network != "bridge":
         return
-    id = container.id
     with locked(JOURNALS):
         subnet = create_bridge()
         taken = " ".join(read_kernel_file(f"{JOURNALS}/{other}") for other in container_ids())
         free = [f"{subnet}.{n}" for n in range(3, 255) if f'"{subnet}.{n}"' not in taken]
         check(free, f"all addresses of {subnet}.0/24 are in use: stop a container, or run with --network=none")
         container.address, container.gateway = free[0], f"{subnet}.1"
-        undo.note(delete_network, id, container.address)
-    with coming_back("net", CLONE_NEWNET):
-        container.netns = create_netns(id)
-    # Two interfaces with a wire between them: what goes in here comes out there (man 4 veth).
-    peer = {"attrs": [("IFLA_IFNAME", "veth1"), ("IFLA_NET_NS_FD", container.netns)]}
-    kind = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]})]}
-    bridge = socket.if_nametoindex(BRIDGE)
-    ask_kernel(f"ip link add veth0_{id} master {BRIDGE} type veth peer name veth1 netns mocker_{id}", NEW_LINK, CREATE,
-               [("IFLA_IFNAME", f"veth0_{id}"), ("IFLA_MASTER", bridge), ("IFLA_LINKINFO", kind)])
-    set_up(f"veth0_{id}")
-    with coming_back("net", CLONE_NEWNET):
-        call("setns", container.netns, CLONE_NEWNET)
-        add_address("veth1", container.address)
-        set_up("veth1")
-        ask_kernel(f"ip route add default via {container.gateway}", NEW_ROUTE, CREATE,
-                   [("RTA_GATEWAY", container.gateway)], family=2, table=254, proto=3, type=1)
-        prove(f"ip netns exec mocker_{id} cat /proc/net/route", read_kernel_file("/proc/thread-self/net/route"))
+        undo.note(delete_network, container.id, container.address)
+    create_netns(f"mocker_{container.id}")
+    create_wire(f"veth0_{container.id}", f"mocker_{container.id}")
     publish_ports(container, undo)
 
-def create_netns(id):
-    """Move into a new one, and give it a name by mounting it on a file: else it would go with us. → a handle"""
-    before, place = os.readlink("/proc/thread-self/ns/net"), f"{NETNS}/mocker_{id}"
+def create_netns(name):
+    """A new one; it stays for as long as it is mounted on a file, which is its name."""
     os.makedirs(NETNS, exist_ok=True)
-    os.close(os.open(place, os.O_CREAT | os.O_EXCL, 0o444))
-    tell(f"ip netns add mocker_{id}")
-    call("unshare", CLONE_NEWNET, what="unshare net")
-    call("mount", "/proc/thread-self/ns/net", place, "", MS_BIND, "", what=f"mount {place}")
-    prove("readlink /proc/self/ns/net, before and after", f"{before}\n{os.readlink('/proc/thread-self/ns/net')}")
-    set_up_loopback()
-    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    os.close(os.open(f"{NETNS}/{name}", os.O_CREAT | os.O_EXCL, 0o444))
+    with coming_back("net", CLONE_NEWNET):
+        call("unshare", CLONE_NEWNET, what="unshare net")
+        call("mount", "/proc/thread-self/ns/net", f"{NETNS}/{name}", "", MS_BIND, "", what=f"ip netns add {name}")
+    tell(f"ip netns add {name}")
 
-def set_up_loopback():
-    """By an old ioctl(2), which takes no library (man 7 netdevice); and docker's settings."""
-    SIOCSIFFLAGS, IFF_UP = 0x8914, 1
-    tell("ip link set lo up")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
-        fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
-    for name, value in NET_SYSCTLS.items():
-        if os.path.exists(f"/proc/sys/net/{name}"):
-            write_kernel_file(f"/proc/sys/net/{name}", value)
+def create_wire(name, netns):
+    """Two interfaces: what goes in at one comes out at the other (man 4 veth)."""
+    with open(f"{NETNS}/{netns}") as handle:
+        peer = nested(IFLA_IFNAME="veth1", IFLA_NET_NS_FD=handle.fileno())
+        pair = nested(IFLA_INFO_KIND="veth", IFLA_INFO_DATA=nested(VETH_INFO_PEER=peer))
+        ask_kernel(f"ip link add {name} up master {BRIDGE} type veth peer name veth1 netns {netns}", NEW_LINK, UP,
+                   IFLA_IFNAME=name, IFLA_MASTER=socket.if_nametoindex(BRIDGE), IFLA_LINKINFO=pair)
 
 @step("net")
 def join_network(container):
-    """Join the network namespace
+    """Join the network namespace, and set it up
 
     setns(2) takes an open file that stands for a namespace: here the one that has a name. With
     --network=none it is a new one instead, of which nobody else knows.
     See man 2 setns. Look: ip netns identify PID
     """
-    if container.network == "none":
-        unshare(CLONE_NEWNET, ["net"])
-        set_up_loopback()
-    elif container.network == "bridge":
+    if container.network == "bridge":
         tell(f"nsenter --net={NETNS}/mocker_{container.id}")
-        call("setns", container.netns, CLONE_NEWNET)
-    prove("cut -d: -f1 /proc/net/dev", " ".join(read_interfaces()))
+        with open(f"{NETNS}/mocker_{container.id}") as handle:
+            call("setns", handle.fileno(), CLONE_NEWNET)
+    elif container.network == "none":
+        unshare(CLONE_NEWNET, ["net"])
+    if container.network != "host":
+        set_up_loopback()
+    if container.network == "bridge":
+        add_address("veth1", container.address)
+        set_up("veth1")
+        fields = {"family": socket.AF_INET, "table": MAIN_TABLE, "proto": BOOT, "type": UNICAST}
+        ask_kernel(f"ip route add default via {container.gateway}", NEW_ROUTE, fields, RTA_GATEWAY=container.gateway)
+    prove("cat /proc/net/route", read_kernel_file("/proc/net/route"))
+
+def set_up_loopback():
+    """With docker's settings."""
+    set_up("lo")
+    for name, value in NET_SYSCTLS.items():
+        if os.path.exists(f"/proc/sys/net/{name}"):
+            write_kernel_file(f"/proc/sys/net/{name}", value)
+
+def set_up(name):
+    """By an old ioctl(2), which takes no library (man 7 netdevice): read its flags, add one, write them."""
+    SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        _, flags = struct.unpack("16sh22x", fcntl.ioctl(handle, SIOCGIFFLAGS, struct.pack("40s", name.encode())))
+        fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack("16sh22x", name.encode(), flags | IFF_UP))
+    tell(f"ip link set {name} up")
 
 def read_interfaces(process="thread-self"):
     lines = read_kernel_file(f"/proc/{process}/net/dev").splitlines()[2:]
@@ -1663,88 +1675,75 @@ def create_bridge():
     if subnet != SUBNETS[0]:
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
     HOST.note(restore_file, forward, read_kernel_file(forward))
-    HOST.note(delete_bridge)
+    HOST.note(delete_link, BRIDGE)
     # With a MAC of its own: else it would take one of its ports', and change it when that port goes.
     mac = "02:42:" + ":".join(f"{int(part):02x}" for part in f"{subnet}.1".split("."))
-    ask_kernel(f"ip link add {BRIDGE} address {mac} type bridge", NEW_LINK, CREATE, [
-        ("IFLA_IFNAME", BRIDGE), ("IFLA_ADDRESS", mac), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "bridge")]})])
+    ask_kernel(f"ip link add {BRIDGE} up address {mac} type bridge", NEW_LINK, UP,
+               IFLA_IFNAME=BRIDGE, IFLA_ADDRESS=mac, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
     add_address(BRIDGE, f"{subnet}.1")
-    set_up(BRIDGE)
     write_kernel_file(forward, "1")
     # What leaves the bridge goes out under the host's address, or the answers would not find back.
-    rules = [("postrouting", f'ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
-              f"-s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")]
-    if not add_rules("mocker", rules, HOST):
+    if not add_rules("mocker", [("postrouting", f'ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
+                                 f"-s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")], HOST):
         say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
     for tool in iptables_with("filter"):
-        if "-P FORWARD DROP" in (run_tool([tool, "-w", "-S", "FORWARD"]) or ""):
-            HOST.note(delete_iptables, "mocker")
-            for direction in "-i", "-o":  # Docker is here, and forwards nothing but its own
-                run_tool([tool, "-w", "-I", "FORWARD", direction, BRIDGE, "-j", "ACCEPT", *COMMENT, "mocker"])
+        if "-P FORWARD DROP" in (ask_tool([tool, "-w", "-S", "FORWARD"]) or ""):
+            # Docker is here, and forwards nothing but its own.
+            ways = [("forward", None, f"{direction} {BRIDGE} -j ACCEPT") for direction in ("-i", "-o")]
+            add_iptables(tool, "mocker", ways, HOST.note)
     return subnet
-
-def delete_bridge():
-    """With its NAT. Each has the kernel wait for those who may be reading: let them wait together."""
-    deletion = threading.Thread(target=delete_nft, args=["mocker"])
-    deletion.start()
-    delete_link(BRIDGE)  # not in the thread: it imports, and a signal may have left the import lock with us
-    deletion.join()
 
 def delete_network(id, address):
     """Its namespace, its wire; from here on its address is free."""
     delete_link(f"veth0_{id}")  # now, and not when the kernel gets round to it
     if os.path.exists(f"{NETNS}/mocker_{id}"):
-        detach(f"{NETNS}/mocker_{id}")
+        with contextlib.suppress(MockerError):  # it may not have been mounted yet
+            call("umount2", f"{NETNS}/mocker_{id}", MNT_DETACH)
         os.unlink(f"{NETNS}/mocker_{id}")
-        remove_empty(NETNS)
+        tell(f"ip netns delete mocker_{id}")
+        with contextlib.suppress(OSError):  # not told: ip-netns(8) would leave it
+            os.rmdir(NETNS)
 
 # ── The firewall: nft(8), or iptables(8) where it is missing ───────────────────────────────────────
 
-COMMENT = "-m", "comment", "--comment"
-CHAINS = {"prerouting": -100, "output": -100, "postrouting": 100}  # of the NAT, with their priorities
+# Where a rule stands: for nft, and for iptables as table and chain.
+CHAINS = {"raw": ("type filter hook prerouting priority -300", "raw", "PREROUTING"),
+          "prerouting": ("type nat hook prerouting priority -100", "nat", "PREROUTING"),
+          "output": ("type nat hook output priority -100", "nat", "OUTPUT"),
+          "postrouting": ("type nat hook postrouting priority 100", "nat", "POSTROUTING"),
+          "forward": (None, "filter", "FORWARD")}
 IPTABLES = "iptables", "iptables-legacy"  # mostly the first one is for nftables, which not every kernel has
 
 def add_rules(owner, rules, undo):
-    """Add (chain, rule for nft, the same for iptables) to the NAT, under an owner's name. False if nothing can."""
-    if add_nft(owner, rules):
-        return True
-    undo.note(delete_iptables, owner)
-    return add_iptables(owner, rules)
+    """Add (chain, rule for nft, the same for iptables) under an owner's name. False if nothing can."""
+    undo.note(run_tool, ["nft", "delete", "table", "ip", owner])
+    return add_nft(owner, rules) or any(add_iptables(tool, owner, rules, undo.note) for tool in IPTABLES)
 
 def add_nft(owner, rules):
-    chains = ""
-    for chain, priority in CHAINS.items():
-        own = "".join(f"{rule}; " for hook, rule, _ in rules if hook == chain)
-        chains += f"chain {chain} {{ type nat hook {chain} priority {priority}; {own}}}; "
-    return run_tool(["nft", "-f", "-"], f"table ip {owner} {{ {chains}}}") is not None
+    chains = [f"chain {chain} {{ {CHAINS[chain][0]}; {rule}; }}" for chain, rule, _ in rules]
+    return run_tool(["nft", f"table ip {owner} {{ {'; '.join(chains)}; }}"]) is not None
 
-def add_iptables(owner, rules):
-    return any(all(run_tool([tool, "-w", "-t", "nat", "-A", chain.upper(), *rule.split(), *COMMENT, owner]) is not None
-                   for chain, _, rule in rules) for tool in IPTABLES)
-
-def delete_nft(owner):
-    run_tool(["nft", "delete", "table", "ip", owner])
+def add_iptables(tool, owner, rules, note=lambda *undo: None):
+    """Each rule has its owner's name in a comment, and notes its own deletion."""
+    for chain, _, rule in rules:
+        _, table, name = CHAINS[chain]
+        rest = [name, *rule.split(), "-m", "comment", "--comment", owner]
+        note(run_tool, [tool, "-w", "-t", table, "-D", *rest])
+        if run_tool([tool, "-w", "-t", table, "-I", *rest]) is None:
+            return False
+    return True
 
 def iptables_with(table):
     """Those that may have something in a table. The older one would make it by looking, and never remove it."""
     return IPTABLES if table in read_kernel_file("/proc/net/ip_tables_names").split() else IPTABLES[:1]
 
-def iptables_rules(owner, *tables):
-    """[(tool, table, rule)]: those that have the owner's name in a comment."""
-    return [(tool, table, rule) for table in tables for tool in iptables_with(table)
-            for rule in (run_tool([tool, "-w", "-t", table, "-S"]) or "").splitlines()
-            if re.search(rf"--comment {owner}\b", rule)]
-
-def delete_iptables(owner):
-    for tool, table, rule in iptables_rules(owner, "nat", "filter"):
-        run_tool([tool, "-w", "-t", table, "-D", *shlex.split(rule)[1:]])
-
 def nat_rules(owner):
     """As nft or iptables lists them."""
-    listed = run_tool(["nft", "list", "table", "ip", owner])
-    if listed is None:
-        return [rule for _, _, rule in iptables_rules(owner, "nat")]
-    return list(dict.fromkeys(re.findall(r"^\s*(.* (?:dnat to .*|masquerade))$", listed, re.M)))
+    listed = ask_tool(["nft", "list", "table", "ip", owner])
+    if listed is not None:
+        return list(dict.fromkeys(re.findall(r"^\s*(.* (?:dnat to .*|masquerade))$", listed, re.M)))
+    listed = "\n".join(ask_tool([tool, "-w", "-t", "nat", "-S"]) or "" for tool in iptables_with("nat"))
+    return re.findall(rf"^.*--comment {owner}\b.*$", listed, re.M)
 
 def publish_ports(container, undo):
     """-p: what arrives at a port of this machine is sent on to the container, and the answers back."""
@@ -1760,15 +1759,22 @@ def publish_ports(container, undo):
                   for chain in ("prerouting", "output")]
     if not rules:
         return
-    for source in "127.0.0.0/8", f"{container.gateway}/24":  # this machine, and a neighbour
-        way = f'oifname "{BRIDGE}" ct status dnat ip saddr {source} ip daddr {container.address}'
-        rules.append(("postrouting", f"{way} masquerade",
-                      f"-o {BRIDGE} -m conntrack --ctstate DNAT -s {source} -d {container.address} -j MASQUERADE"))
-    # From 127.0.0.1 a packet may leave by the bridge only if the bridge says so.
-    write_kernel_file(f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", "1")
-    undo.note(delete_nft, f"mocker_{container.id}")
-    check(add_rules(f"mocker_{container.id}", rules, undo),
+    near = "127.0.0.0/8", f"{container.gateway}/24"  # this machine, and a neighbour: the answer is not for them alone
+    rules.append(("postrouting", f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {", ".join(near)} }} '
+                                 f"ip daddr {container.address} masquerade",
+                  f"-o {BRIDGE} -m conntrack --ctstate DNAT -s {','.join(near)} -d {container.address} -j MASQUERADE"))
+    check(open_loopback() and add_rules(f"mocker_{container.id}", rules, undo),
           "ports can't be published, since neither nft nor iptables works here: install nftables")
+
+def open_loopback():
+    """From 127.0.0.1 a packet may leave by the bridge only if the bridge says so. Then one may come in, too,
+    made by hand in a container, to what listens to this machine alone (CVE-2020-8558): it is dropped."""
+    switch = f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet"
+    guard = ("raw", f'iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop', f"-i {BRIDGE} -d 127.0.0.0/8 -j DROP")
+    guarded = read_kernel_file(switch) == "1" or add_rules("mocker", [guard], HOST)
+    if guarded:
+        write_kernel_file(switch, "1")
+    return guarded
 
 def hold_port(address, port, protocol):
     """A socket that keeps others from the port as long as the container runs."""
@@ -1782,7 +1788,7 @@ def hold_port(address, port, protocol):
 # ═══ Its cgroup: how much it may use ═════════════════════════════════════════════════════════════
 #
 #  v2, one tree:  /sys/fs/cgroup/mocker/<id>/{cgroup.procs,memory.max,pids.max,cpu.max}
-#  v1, a tree for each controller:  /sys/fs/cgroup/{memory,cpu,pids,…}/root/mocker_<id>/cgroup.procs
+#  v1, a tree for each controller:  /sys/fs/cgroup/{memory,cpu,pids,…}/root/mocker_<id>/tasks
 
 CGROUP = "/sys/fs/cgroup"
 
@@ -1793,14 +1799,12 @@ def cgroup_version():
 
 def limits_of(container):
     """The limits asked for → {file: text}, as this cgroup version spells them."""
-    memory, cpus, pids, period = container.memory, container.cpus, container.pids_limit, 100_000  # microseconds
-    if container.cgroup_version == 2:
-        wanted = {"memory.max": memory, "memory.swap.max": memory, "pids.max": pids,
-                  "cpu.max": cpus and f"{int(cpus * period)} {period}"}
-    else:
-        wanted = {"memory.memsw.limit_in_bytes": memory and 2 * memory, "pids.max": pids,
-                  "cpu.cfs_quota_us": cpus and int(cpus * period)}
-    return {name: str(value) for name, value in wanted.items() if value}
+    memory, pids = container.memory, container.pids_limit
+    quota = container.cpus and int(container.cpus * 100_000)  # microseconds of each 100,000
+    wanted = {1: {"memory.memsw.limit_in_bytes": 2 * memory, "pids.max": pids, "cpu.cfs_quota_us": quota},
+              2: {"memory.max": memory, "memory.swap.max": memory, "pids.max": pids,
+                  "cpu.max": quota and f"{quota} 100000"}}
+    return {name: value for name, value in wanted[container.cgroup_version].items() if value}
 
 @step("cgroup")
 def create_cgroup(container, undo):
@@ -1813,9 +1817,13 @@ def create_cgroup(container, undo):
     See man 7 cgroups. Look: cat /sys/fs/cgroup/mocker/ID/*.max
     """
     check(container.cgroup_version, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
-    undo.note(delete_cgroup, container.id)
     with locked(JOURNALS):
-        container.cgroups = {1: create_cgroup_v1, 2: create_cgroup_v2}[container.cgroup_version](container)
+        container.cgroups = {1: trees_v1, 2: trees_v2}[container.cgroup_version](container.id)
+        for directory in container.cgroups:
+            undo.note(delete_cgroup, directory)
+            make_directory(directory)
+    if container.memory and container.cgroup_version == 1:
+        limit_memory_v1(container)
     for name, value in limits_of(container).items():
         path = next(filter(os.path.exists, (f"{directory}/{name}" for directory in container.cgroups)), None)
         if path:
@@ -1824,108 +1832,114 @@ def create_cgroup(container, undo):
         # Without swap there is none to limit.
         check(path or "sw" in name, f"the cgroups here have no {name}: enable the controller, or leave the limit out")
 
-def create_cgroup_v2(container):
-    """/sys/fs/cgroup/mocker/<id>. A parent must pass each controller on (man 7 cgroups, "subtree_control")."""
-    parent, own = f"{CGROUP}/mocker", f"{CGROUP}/mocker/{container.id}"
-    make_shared_directory(parent)
-    for directory in CGROUP, parent:
-        there = read_kernel_file(f"{directory}/cgroup.controllers").split()
-        passed = read_kernel_file(f"{directory}/cgroup.subtree_control").split()
-        missing = [name for name in ("memory", "pids", "cpu") if name in there and name not in passed]
-        if missing:
-            pass_on(directory, missing)
-    tell(f"mkdir {own}")
-    os.mkdir(own)
-    return [own]
+def trees_v2(id):
+    """The container's directory → the options to mount its tree with. Each above it must pass the controllers on."""
+    make_shared_directory(f"{CGROUP}/mocker")
+    for directory in CGROUP, f"{CGROUP}/mocker":
+        pass_on(directory)
+    return {f"{CGROUP}/mocker/{id}": ""}
+
+def pass_on(directory):
+    """Let the directories below have controllers, too (man 7 cgroups, "subtree_control")."""
+    there = read_kernel_file(f"{directory}/cgroup.controllers").split()
+    passed = read_kernel_file(f"{directory}/cgroup.subtree_control").split()
+    missing = [name for name in ("memory", "pids", "cpu") if name in there and name not in passed]
+    if not missing:
+        return
+    # A cgroup with processes can't, unless it is the root of the tree. In a container what looks like the root is
+    # none, and has some: they move aside, as Docker's own docker-in-docker does it.
+    if os.path.exists(f"{directory}/cgroup.type") and read_kernel_file(f"{directory}/cgroup.procs"):
+        aside = f"{directory}/mocker_aside"
+        make_shared_directory(aside)
+        HOST.note(move_processes, aside, directory)
+        move_processes(directory, aside)
+    HOST.note(restore_file, f"{directory}/cgroup.subtree_control", " ".join(f"-{name}" for name in missing))
+    write_kernel_file(f"{directory}/cgroup.subtree_control", " ".join(f"+{name}" for name in missing))
+
+def move_processes(source, target):
+    for pid in read_kernel_file(f"{source}/cgroup.procs").split():
+        with contextlib.suppress(OSError), open(f"{target}/cgroup.procs", "w") as file:  # it may have ended
+            file.write(pid)
+    tell(f"for pid in $(cat {source}/cgroup.procs); do echo $pid > {target}/cgroup.procs || true; done")
+
+def trees_v1(id):
+    """The same for a tree of each controller, or of some; the trees' names are their options."""
+    for name in os.listdir(CGROUP):  # the `cgroups` package would make a directory in every one, and leave it
+        if os.path.isdir(f"{CGROUP}/{name}"):
+            make_shared_directory(f"{CGROUP}/{name}/root")
+    trees = {}
+    for line in read_kernel_file("/proc/self/cgroup").splitlines():  # 4:cpu,cpuacct:path, 1:name=systemd:path
+        options = line.split(":")[1]
+        parent = f"{CGROUP}/{options.replace('name=', '')}/root"
+        # Not cpuset, whose groups take nobody until told which CPUs; nor the v2 tree of a hybrid machine.
+        if options and "cpuset" not in options and os.path.exists(f"{parent}/tasks"):
+            trees[f"{parent}/mocker_{id}"] = options
+    return trees
+
+def limit_memory_v1(container):
+    """By the `cgroups` package, which finds its directories made, and says more than we want."""
+    logging.getLogger("cgroups.user").setLevel(logging.ERROR)
+    cgroups.Cgroup(f"mocker_{container.id}", user="root").set_memory_limit(container.memory, "bytes")
+    tell(f"echo {container.memory} > {CGROUP}/memory/root/mocker_{container.id}/memory.limit_in_bytes")
 
 def make_shared_directory(directory):
     if not os.path.isdir(directory):
         HOST.note(remove_empty, directory)
-        tell(f"mkdir {directory}")
-        os.mkdir(directory)
-
-def pass_on(directory, controllers):
-    """A cgroup with processes can't pass controllers on, and in a container the root of the tree is
-    such a one: its processes move aside, as Docker's own docker-in-docker does it."""
-    path, aside = f"{directory}/cgroup.subtree_control", f"{CGROUP}/mocker_aside"
-    try:
-        write_kernel_file(path, " ".join(f"+{name}" for name in controllers))
-    except MockerError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        make_shared_directory(aside)
-        HOST.note(move_processes, aside, directory)
-        move_processes(directory, aside)
-        write_kernel_file(path, " ".join(f"+{name}" for name in controllers))
-    HOST.note(restore_file, path, " ".join(f"-{name}" for name in controllers))
-
-def move_processes(source, target):
-    for pid in read_kernel_file(f"{source}/cgroup.procs").split():
-        with contextlib.suppress(MockerError):  # it may have ended
-            write_kernel_file(f"{target}/cgroup.procs", pid)
-
-def create_cgroup_v1(container):
-    """The `cgroups` package does memory and cpu; pids and the rest are made beside them."""
-    logging.getLogger("cgroups.user").setLevel(logging.ERROR)
-    hierarchies = [f"{CGROUP}/{name}" for name in os.listdir(CGROUP) if os.path.isdir(f"{CGROUP}/{name}")]
-    for directory in hierarchies:  # the package makes a directory in every one, and leaves it
-        make_shared_directory(f"{directory}/root")
-    tell(f"mkdir {CGROUP}/memory/root/mocker_{container.id} {CGROUP}/cpu/root/mocker_{container.id}")
-    group = cgroups.Cgroup(f"mocker_{container.id}", user="root")
-    if container.memory:
-        group.set_memory_limit(container.memory, "bytes")
-    # Neither the v2 tree of a hybrid machine, nor cpuset, whose groups take nobody until told which CPUs.
-    own = [f"{directory}/root/mocker_{container.id}" for directory in hierarchies
-           if os.path.exists(f"{directory}/tasks") and not os.path.exists(f"{directory}/cpuset.cpus")]
-    for directory in own:
-        os.makedirs(directory, exist_ok=True)
-    return own
+        make_directory(directory)
 
 @step("cgroup")
 def join_cgroup(container):
     """Join the cgroup, while /sys/fs/cgroup is still in sight
 
-    A process is moved by writing its number into cgroup.procs; 0 is whoever writes. All that it
-    forks later is born in there.
+    A process is moved by writing its number into cgroup.procs, or a thread into v1's tasks; 0 is whoever
+    writes. All that it forks later is born in there.
     See man 7 cgroups. Look: cat /proc/PID/cgroup
     """
+    # Just forked, we are one thread. For cgroup.procs, v1 would wait until nobody forks: 7 ms for each tree.
+    name = {1: "tasks", 2: "cgroup.procs"}[container.cgroup_version]
     for directory in container.cgroups:
-        write_kernel_file(f"{directory}/cgroup.procs", 0)
+        write_kernel_file(f"{directory}/{name}", 0)
     prove("cat /proc/self/cgroup", read_kernel_file("/proc/self/cgroup"))
 
 def mount_cgroups(container, plain, writable):
     """/sys/fs/cgroup; by the cgroup namespace its root is the container's own group."""
     target = CGROUP.lstrip("/")
     if not container.cgroups or not os.path.isdir(target):
-        return None
+        return
     if container.cgroup_version == 2:
-        return mount("cgroup", target, "cgroup2", plain | writable)
+        mount("cgroup", target, "cgroup2", plain | writable)
+        return
     mount("tmpfs", target, "tmpfs", plain, "mode=755")
-    for directory in container.cgroups:
+    for directory, options in container.cgroups.items():
         name = directory.split("/")[4]
-        mount_at("cgroup", f"{target}/{name}", "cgroup", plain | writable, f"{'name=' * (name == 'systemd')}{name}")
-    return mount("none", target, "", MS_REMOUNT | plain | writable)
+        mount_at("cgroup", f"{target}/{name}", "cgroup", plain | writable, options)
+        for controller in name.split(",") if "," in name else ():  # as programs look for it
+            make_link(name, f"{target}/{controller}")
+    mount("none", target, "", MS_REMOUNT | plain | writable)
 
-def delete_cgroup(id):
+
+def delete_cgroup(directory):
     """End what is still in it, and remove it. The kernel may need a moment to let the dead go."""
-    directories = [f"{CGROUP}/mocker/{id}"] + [f"{CGROUP}/{name}/root/mocker_{id}" for name in os.listdir(CGROUP)]
     deadline = time.monotonic() + 5
-    for directory in directories:
-        while os.path.isdir(directory):
-            end_members(directory)
-            try:
-                if os.path.exists(f"{directory}/memory.force_empty"):  # v1 keeps a group for its cached pages' sake
-                    write_kernel_file(f"{directory}/memory.force_empty", 0)
-                os.rmdir(directory)
-            except (OSError, MockerError):
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.005)
+    while os.path.isdir(directory):
+        end_members(directory)
+        try:
+            if os.path.exists(f"{directory}/memory.force_empty"):  # v1 keeps a group for its cached pages' sake
+                write_kernel_file(f"{directory}/memory.force_empty", 0)
+            os.rmdir(directory)
+            tell(f"rmdir {directory}")
+        except (OSError, MockerError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
 
 def end_members(directory):
-    for pid in read_kernel_file(f"{directory}/cgroup.procs").split():
+    members = read_kernel_file(f"{directory}/cgroup.procs").split()
+    for pid in members:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
+    if members:
+        tell(f"kill -9 $(cat {directory}/cgroup.procs)")
 
 # ═══ Its privileges: user, capabilities, system calls ════════════════════════════════════════════
 
@@ -2257,8 +2271,8 @@ class Container:
         self.ports = [parse_port(text) for text in arguments["--publish"]]
         self.privileged, self.read_only = arguments["--privileged"], arguments["--read-only"]
         self.capabilities = choose_capabilities(arguments["--cap-add"], arguments["--cap-drop"], self.privileged)
-        self.address = self.gateway = self.netns = self.pid = None
-        self.holders, self.cgroups, self.cgroup_version = set(), [], cgroup_version()
+        self.address = self.gateway = self.pid = None
+        self.holders, self.cgroups, self.cgroup_version = set(), {}, cgroup_version()
         names = [name for name in os.listdir("/dev") if name != "ptmx"] if self.privileged else DEVICES
         self.devices = {name: os.stat(f"/dev/{name}") for name in names
                         if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")}
@@ -2414,7 +2428,7 @@ def go_inside(container, wire, mocker):
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.setsid()
     container.wire, story.output = wire, os.dup(story.output)
-    close_inherited({wire.fileno(), story.output, story.stepping, container.netns})
+    close_inherited({wire.fileno(), story.output, story.stepping})
     with explained(OSError, "{}: something in the image is in the way"):
         inside(container)
 
@@ -2814,7 +2828,8 @@ def masquerade():
     """In a network of its own: that nft can list its tables does not say that this kernel has NAT."""
     unshare(CLONE_NEWNET, ["net"])
     rules = [("postrouting", "masquerade", "-j MASQUERADE")]
-    return "nft" if add_nft("mocker", rules) else "iptables" if add_iptables("mocker", rules) else None
+    iptables = (tool for tool in IPTABLES if add_iptables(tool, "mocker", rules))
+    return "nft" if add_nft("mocker", rules) else next(iptables, None)
 
 def look_at_subnet():
     routes = read_routes()
@@ -2894,7 +2909,7 @@ def compare(arguments):
         "mocker": [*mocker, *limits, image, *probe],
         "docker": ["docker", "run", "--rm", "--pull=never", *limits, image, *probe],
     }
-    answers = {world: run_tool(command) for world, command in worlds.items()}
+    answers = {world: ask_tool(command) for world, command in worlds.items()}
     if answers["docker"] is None:
         say(f"docker is not here, or has not the image: docker pull {image}")
         del answers["docker"]
@@ -3008,7 +3023,7 @@ def anatomy_of_container(container):
     """Of one that runs, what the kernel says; of one that has ended, what it left."""
     id, pid, directory = container["id"], container["pid"], store("containers", container["id"])
     facts = {key: container[key] for key in ("id", "name", "status", "exit_code") if key in container}
-    used = run_tool(["du", "-sk", f"{directory}/upper"])  # no answer if files come and go
+    used = ask_tool(["du", "-sk", f"{directory}/upper"])  # no answer if files come and go
     root = {"upper": {**({"size": int(used.split()[0]) << 10} if used else {}), "directory": f"{directory}/upper"},
             "layers": [{"directory": layer} for layer in lower_layers(directory)]}
     document = {"container": facts, "image": container["image"], "command": container["arguments"]}

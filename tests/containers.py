@@ -3,6 +3,7 @@
 store    mocker(...), with busybox and hello-world pulled already; its containers are the test's own
 run      run("busybox", "id") is `mocker run -q busybox id`, to its end
 start    start("busybox", "cat") is the same in the background: a Running; ended with the test
+tools    tools("nft") is an environment with a PATH in which that is the only tool
 host_as_before_all  as host.host_as_before, for a whole file
 image    image({"Cmd": ["id"]}, [file("etc/x")]) makes an image of busybox and puts it in the store; → its name
 """
@@ -17,6 +18,7 @@ import time
 
 import host
 import images
+import oracle
 import pytest
 from conftest import Mocker
 
@@ -164,6 +166,24 @@ def start(store):
     yield start
     for container in started:
         container.end()
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """tools("nft") → an environment with a PATH in which that is the only tool."""
+    directory = tmp_path / "tools"
+    directory.mkdir()
+    before = oracle.firewall_tables()
+
+    def tools(*names):
+        for name in names:
+            (directory / name).symlink_to(shutil.which(name))
+        return {"PATH": str(directory)}
+
+    yield tools
+    after = oracle.firewall_tables()
+    assert not [text for text in after.values() if "mocker" in text]
+    oracle.restore_firewall(before)  # iptables can't remove the tables that it makes
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from pathlib import Path
 import host
 import images
 import pytest
+from containers import free_port
 
 pytestmark = pytest.mark.usefixtures("host_as_before_all")
 
@@ -169,6 +170,32 @@ def test_a_socket_without_a_path(only_chroot_fails):
         server.bind(f"\0{name}")
         server.listen(10)
         assert "refused" in only_chroot_fails("abstract-socket", name)
+
+
+ECHO = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+    server.bind(("", 0))
+    print(server.getsockname()[1], flush=True)
+    while True:
+        server.sendto(*server.recvfrom(100))
+"""
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables"])
+def test_a_service_on_the_host_s_loopback(tools, escape, start, run, tool):
+    """A published port is reached from 127.0.0.1, too. That must not open the way back to all containers."""
+    start("-p", f"{free_port()}:80", "busybox", "sleep", "1000", env=tools(tool))
+    server = subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)
+    try:
+        port = server.stdout.readline().strip()
+        for address, reached in ("10.0.0.1", True), ("127.0.0.1", False), ("127.1.2.3", False):
+            ask = ["/escape", "loopback", "veth1", "02:42:0a:00:00:01", address, port]
+            done = run("-v", f"{escape}:/escape:ro", "busybox", *ask, timeout=60)
+            assert (done.stdout == "out\n") == reached, (address, done)
+    finally:
+        server.kill()
+        server.communicate()
 
 
 # ---- by what the host leaves open ----------------------------------------------------------------

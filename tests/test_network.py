@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import threading
 import urllib.request
 
 import host
-import oracle
 import pytest
 from containers import free_port, one_line, until
 
@@ -194,24 +192,6 @@ def fetch(where, address, port):
 
 def test_what_it_sends_leaves_under_the_host_s_address(run, internet):
     assert run("busybox", "nc", INTERNET, 7, timeout=20).stdout == f"you are {WAN}\n"
-
-
-@pytest.fixture
-def tools(tmp_path):
-    """tools("nft") → an environment with a PATH in which that is the only tool."""
-    directory = tmp_path / "tools"
-    directory.mkdir()
-    before = oracle.firewall_tables()
-
-    def tools(*names):
-        for name in names:
-            (directory / name).symlink_to(shutil.which(name))
-        return {"PATH": str(directory)}
-
-    yield tools
-    after = oracle.firewall_tables()
-    assert not [text for text in after.values() if "mocker" in text]
-    oracle.restore_firewall(before)  # iptables can't remove the tables that it makes
 
 
 def test_the_way_out_by_iptables(tools, run, internet):

