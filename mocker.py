@@ -1616,7 +1616,7 @@ def join_network(container):
     See man 2 setns. Look: ip netns identify PID
     """
     if container.network == "bridge":
-        tell(f"nsenter --net={NETNS}/mocker_{container.id}")
+        tell(f"nsenter --net={NETNS}/mocker_{container.id}", wraps=True)
         with open(f"{NETNS}/mocker_{container.id}") as handle:
             call("setns", handle.fileno(), CLONE_NEWNET)
     elif container.network == "none":
@@ -2213,7 +2213,7 @@ def rehearse(container):
     story.level, story.script = QUIET, [(SCRIPT_HEADER, False)]
     status = perform(container)
     if status == 0:
-        print("\n# ■ The end", *(line for line, _ in story.script), "exit $status", sep="\n")
+        print("\n# ■ The end", "set +e", *(line for line, _ in story.script), "exit $status", sep="\n")
     return status
 
 SCRIPT_HEADER = """\
@@ -2258,7 +2258,7 @@ class Container:
         self.terminal, interactive = arguments["--tty"], arguments["--interactive"]
         check(not self.terminal or not interactive or os.isatty(0), "the input device is not a TTY: leave out -t")
         # With -i, whatever it is; without, a pipe or a file is passed on, and a terminal left alone.
-        self.takes_stdin = interactive or not stat.S_ISCHR(os.fstat(0).st_mode)
+        self.takes_stdin = interactive or not (self.terminal or stat.S_ISCHR(os.fstat(0).st_mode))
         self.environment = environment(config, arguments["--env"], self.hostname, self.terminal)
         self.user = arguments["--user"] or config.get("User") or ""
         folder = arguments["--workdir"] or config.get("WorkingDir") or "/"
@@ -2406,6 +2406,7 @@ def start(container):
         else:
             tell("fork", wraps=True, by_hand="")
         container.pid = fork(go_inside, container, inner, os.getpid())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     story.script = story.script and []  # the child has it now, and goes on
 
 def fork(function, *arguments):
@@ -2416,6 +2417,7 @@ def fork(function, *arguments):
         try:
             status = guarded(function, *arguments)
         except BaseException:
+            os.dup2(story.output, 2)  # our own 2 is the container's by now
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(status or 0)
@@ -2516,11 +2518,7 @@ def attend(container):
     handle = os.pidfd_open(container.pid)
     try:
         write_config(container, "running")
-        # Signals wait until they can be passed on; but not for longer than this, as with --step.
-        if not select.select([container.wire], [], [], 3)[0]:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         streams = socket.recv_fds(container.wire, 10, 3)[1]  # none, if it failed before it made them
-        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         terminal = streams[0] if len(streams) == 1 else None
         with raw_terminal(terminal if container.takes_stdin else None):
             outputs = start_relays(container, streams)
@@ -2546,6 +2544,7 @@ def start_relays(container, streams):
     ways = [(source, target, copies) for source, target in zip(outputs, (1, 2))]
     ways += [(os.dup(0), target, ()) for target in stdin if container.takes_stdin]
     threads = [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # for the threads: signals are the main one's
     for thread in threads:
         thread.start()
     return threads[: len(outputs)]
@@ -2592,7 +2591,7 @@ def forward_signals(handle, terminal):
     for number in FORWARDED:
         signal.signal(number, forward)
     copy_window_size(terminal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # the threads keep them blocked: they come to us
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
 
 def copy_window_size(terminal):
     """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""
