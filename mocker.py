@@ -84,7 +84,7 @@ class story:
     """How much is told, and where to. stdout is the container's; all of this goes to stderr."""
 
     level, output, style = PLAIN, 2, {}
-    script = None  # with --by-hand: what is told, as [(line, does it wrap the rest?)]
+    script, on_terminal = None, False  # with --by-hand: what is told, as [(line, does it wrap the rest?)]
     three = received = None  # what a pull's workers share
     stepping = None  # with --step: the terminal from which Enter is read
 
@@ -190,20 +190,24 @@ def write_script(program):
     After what wraps comes a shell, which reads the rest of the script from a here-document; but at
     the end comes the program: without the old root there is no /dev/fd, and soon no shell.
     """
-    kinds = ["#" if line.lstrip().startswith("#") else wraps for line, wraps in story.script]
-    last, ends, chain = max(n for n, kind in enumerate(kinds) if kind is False), [], []
-    for n, (line, wraps) in enumerate(story.script):
+    plain = [not wraps and not line.lstrip().startswith("#") for line, wraps in story.script]
+    last, lines, ends, chain = len(plain) - plain[::-1].index(True), [], [], []
+    for number, (line, wraps) in enumerate(story.script):
         if not wraps:
-            print(line)
-        elif n > last:
+            lines.append(line)
+        elif number > last:
             chain.append(line)
         else:
             end = f"INSIDE_{len(ends)}"
             shell = f"{line} sh -e /dev/fd/3 3<<'{end}'".strip()
-            print(f"exec {shell}" if ends else f"{shell} || status=$?")
+            lines.append(f"exec {shell}" if ends else f"{shell} || status=$?")
             ends.insert(0, end)
-    print("exec", *chain, program, "3<&-")
-    print(*ends, sep="\n", flush=True)
+    write_out([*lines, " ".join(["exec", *chain, program, "3<&-"]), *ends])
+
+def write_out(lines):
+    """To stdout; a terminal gets nothing that it would obey."""
+    text = "\n".join(lines)
+    print("\n".join(map(printable, text.split("\n"))) if story.on_terminal else text, flush=True)
 
 # ═══ The registry: reference, token, manifest, blobs ═════════════════════════════════════════════
 #
@@ -1336,7 +1340,8 @@ def leave_namespaces(container):
     """
     kinds = {"mount": CLONE_NEWNS, "uts": CLONE_NEWUTS, "ipc": CLONE_NEWIPC, "cgroup": CLONE_NEWCGROUP}
     kinds = {name: flag for name, flag in kinds.items() if name in container.parts}
-    unshare(sum(kinds.values()), kinds)
+    if kinds:
+        unshare(sum(kinds.values()), kinds)
     if "mount" in kinds:
         # Else our mounts would show up on the host, where systemd shares / (man 7 mount_namespaces).
         mount("none", "/", "", MS_REC | MS_PRIVATE)
@@ -2210,10 +2215,10 @@ def rehearse(container):
     missing = {"SETUID", "SETGID", "SYS_CHROOT"} - {*container.capabilities}
     check(not missing, f"--by-hand needs {', '.join(missing)} to the last, for setpriv(1) and unshare(1): keep them")
     container.remove, container.terminal, container.takes_stdin = True, False, False  # it has those of the script
-    story.level, story.script = QUIET, [(SCRIPT_HEADER, False)]
+    story.level, story.script, story.on_terminal = QUIET, [(SCRIPT_HEADER, False)], os.isatty(1)
     status = perform(container)
     if status == 0:
-        print("\n# ■ The end", "set +e", *(line for line, _ in story.script), "exit $status", sep="\n")
+        write_out(["\n# ■ The end", "set +e", *(line for line, _ in story.script), "exit $status"])
     return status
 
 SCRIPT_HEADER = """\

@@ -270,6 +270,23 @@ def test_what_the_table_names_does_differ(engines):
     assert [row for row in single if not any(row.names(*item) for item in found)] == []
 
 
+BY_HAND = table("""
+| `status.Seccomp*` | `1`, `2` | `0` | no command installs a filter
+| `sid`, `pgrp` | `1` | `0` | it stays in the session of the script, and so keeps its terminal
+| `mount order` | `*/etc/hosts*/dev*` | `*/dev*/etc/hosts*` | it binds where mocker moves what it picked up before
+""")
+ALL_BUT_SECCOMP = ["process", "mounts", "devices", "kernel_files", "cgroups", "network"]
+
+
+@pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting not in ("-t", "--cap-drop")])
+def test_a_process_sees_the_same_in_a_container_made_by_hand(engines, setting, tmp_path):
+    words = ["--hostname=box", *SETTINGS[setting], "python", *PROBE, *ALL_BUT_SECCOMP]
+    script = engines.mocker("run", "-q", "--by-hand", *words, check=True).stdout
+    (tmp_path / "by-hand").write_text(script)
+    done = subprocess.run(["sh", tmp_path / "by-hand"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert unnamed(differing(seen(engines.mocker("run", "-q", "--rm", *words)), seen(done)), BY_HAND) == {}
+
+
 def test_its_devices_are_its_own(engines):
     """What a container does to them, chmod or chown, happens to nobody else."""
     words = ["stat", "-L", "-c", "%d", "/dev/null", "/dev/stdin"]

@@ -1,0 +1,154 @@
+"""run --by-hand: the script that it prints makes the same container. (test_probe.py compares more of it.)"""
+
+import os
+import re
+import subprocess
+
+import host
+import pytest
+from containers import free_port, one_line
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="containers need root"),
+    pytest.mark.usefixtures("host_as_before_all"),
+]
+V2 = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+
+
+@pytest.fixture
+def by_hand(run, tmp_path):
+    """by_hand(options, image, command...): what the script's container says, and its status."""
+
+    def by_hand(*words):
+        script = run("--by-hand", *words)
+        assert (script.returncode, script.stderr) == (0, "")
+        (tmp_path / "by-hand").write_text(script.stdout)
+        return perform(tmp_path / "by-hand")
+
+    return by_hand
+
+
+def perform(script, **options):
+    return subprocess.run(["sh", script], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60,
+                          env={"PATH": os.environ["PATH"]}, **options)
+
+
+LOOK = """
+tr '\\0' '\\n' </proc/$$/cmdline | head -3; env | sort; pwd; id; umask; hostname; echo pid $$
+cat /etc/hosts /etc/hostname /etc/resolv.conf
+ip address | grep -v "link/ether\\|^[0-9]"; ip route
+cut -d' ' -f4-6,8- /proc/self/mountinfo; grep Cap /proc/self/status; cat /proc/self/cgroup
+ls -ln /dev /proc/self/fd/ | cut -c1-60; stat -c '%a %u:%g' /; touch /x; mount -t tmpfs none /tmp
+for kind in mnt uts ipc pid net cgroup user; do readlink /proc/self/ns/$kind; done; exit 3
+"""
+
+
+def comparable(done):
+    """Without what is another one each time: id, times, numbers of namespaces, and where a pipe comes from."""
+    text = re.sub(r"\b[0-9a-f]{8}\b|(?<=pid )\d{3,}", "ID", done.stdout + done.stderr)
+    text = re.sub(r"\w+ +\d+ \d\d:\d\d|:\[\d+\]|lowerdir=\S+|(pipe|@if)\S+| -> \S*(null|by-hand).*", "", text)
+    return sorted(text.splitlines())  # the three mounts in /etc come earlier where they are moved, not bound
+
+
+LEFT_OUT = ["net", "pid", "mount", "uts", "ipc", "cgroup", "overlay", "pivot_root", "caps", "mask", "user",
+            "caps,seccomp,user"]
+OPTIONS = [
+    [], ["--network=none"], ["--network=host"], ["-u", "nobody"], ["-u", "1234:5678"], ["--read-only"],
+    ["--privileged"], ["-e", "A=a 'b' $HOME\n\\n", "-w", "/new/a b", "--hostname=box"],
+    ["--cap-drop=MKNOD", "--cap-add=NET_ADMIN"], ["--entrypoint=/bin/sh"], ["--only=chroot"], ["--only=cgroup"],
+    *([f"--without={part}"] for part in LEFT_OUT),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_the_same_container(options, run, by_hand):
+    words = [*options, "busybox", *([] if "--entrypoint=/bin/sh" in options else ["sh"]), "-c", LOOK]
+    ours, theirs = run("--rm", *words), by_hand(*words)
+    assert comparable(theirs) == comparable(ours)
+    assert theirs.returncode == ours.returncode == 3
+    assert len(theirs.stdout.splitlines()) > 50
+
+
+def test_limits(run, by_hand):
+    files = "memory/memory.limit_in_bytes pids/pids.max cpu/cpu.cfs_quota_us"
+    look = f"cd /sys/fs/cgroup; cat {'memory.max pids.max cpu.max' if V2 else files}"
+    words = ["-m", "64m", "--pids-limit=20", "--cpus=0.5", "busybox", "sh", "-c", look]
+    assert by_hand(*words).stdout == run("--rm", *words).stdout != ""
+
+
+def test_volumes(by_hand, tmp_path):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b/file").write_text("of the host\n")
+    command = "cat /v/w/file /etc/motd; echo here >/v/w/new; echo no >/etc/motd"
+    volumes = f"{tmp_path}/a b:/v/w", f"{tmp_path}/a b/file:/etc/motd:ro"
+    done = by_hand("-v", volumes[0], "-v", volumes[1], "busybox", "sh", "-c", command)
+    assert done.stdout == "of the host\n" * 2
+    assert "Read-only" in done.stderr
+    assert (tmp_path / "a b/new").read_text() == "here\n"
+
+
+def test_a_published_port(run, tmp_path):
+    port = free_port()
+    script = run("--by-hand", "-p", f"{port}:80", "busybox", "sh", "-c", "echo hello | timeout 20 nc -l -p 80")
+    (tmp_path / "by-hand").write_text(script.stdout)
+    process = subprocess.Popen(["sh", tmp_path / "by-hand"], stdin=subprocess.DEVNULL)
+    ask = f"for n in $(seq 100); do nc -w 5 127.0.0.1 {port} && break; sleep 0.1; done"
+    assert subprocess.run(["busybox", "sh", "-c", ask], capture_output=True, text=True, timeout=60).stdout == "hello\n"
+    assert process.wait(30) == 0
+
+
+def test_its_parts_are_undone_whatever_it_says(by_hand):
+    before = host.snapshot()
+    assert by_hand("busybox", "sh", "-c", "exit 7").returncode == 7
+    assert host.settled_difference(before) == []
+
+
+def test_it_only_rehearses(run, store, tmp_path):
+    """The program is not run, and nothing is left: no container, no output."""
+    stamp = os.stat("/tmp/stdout").st_ino if os.path.exists("/tmp/stdout") else None
+    before = host.snapshot()
+    done = run("--by-hand", "-v", f"{tmp_path}:/v", "busybox", "touch", "/v/it-ran")
+    assert done.returncode == 0 and not (tmp_path / "it-ran").exists()
+    assert not list(store.home.glob("containers/*"))
+    assert (os.stat("/tmp/stdout").st_ino if stamp else None) == stamp
+    assert host.settled_difference(before) == []
+
+
+def test_every_step_has_its_heading_and_is_told_as_explained(run, store):
+    script = run("--by-hand", "--hostname=box", "busybox", "true").stdout
+    story = store("run", "--explain", "--rm", "--hostname=box", "busybox", "true").stderr
+    headings = re.findall("^■ .*", story, re.MULTILINE)
+    assert len(headings) > 12
+    assert [line[2:] for line in script.splitlines() if line[2:] in headings] == headings
+    told = {re.sub(r"[0-9a-f]{8}\b|^exec ", "", line) for line in script.splitlines()}
+    missing = [line for line in re.findall(r"^  \$ (.*)", re.sub(r"[0-9a-f]{8}\b", "", story), re.MULTILINE)
+               if not any(line in other for other in told)]
+    assert [line.split()[0] for line in missing] == ["pivot_root", "setpriv"]  # a shell needs another order
+
+
+def test_what_the_image_says_is_no_shell(image, run, by_hand):
+    """Whatever stands in its config, or in its names, is quoted."""
+    touch = "touch /tmp/mocker-was-here"
+    name = image({"Env": [f"A=$({touch})`{touch}`", f"B=x\n {touch}", f"C=';{touch};'"],
+                  "Cmd": ["sh", "-c", "env | grep -A1 '^[ABC]'"], "WorkingDir": f"/$({touch})"})
+    assert by_hand(name).stdout == run("--rm", name).stdout
+    assert not os.path.exists("/tmp/mocker-was-here")
+
+
+def test_a_terminal_gets_nothing_that_it_would_obey(image, store, tmp_path):
+    name = image({"Env": ["A=\033[2J"], "Cmd": ["env"]})
+    command = " ".join(store.command(["run", "--by-hand", name]))
+    for options, there in ["-ec", False], ["-ec", True]:
+        shown = subprocess.run(["script", "-q", options, command + " | cat" * there, "/dev/null"], env=store.env,
+                               capture_output=True, stdin=subprocess.DEVNULL, timeout=60).stdout
+        assert b"#!/bin/sh" in shown and (b"\033" in shown) == there
+
+
+def test_what_a_shell_needs_to_the_last(run):
+    one_line(run("--by-hand", "--cap-drop=ALL", "busybox", "true"), "--by-hand", "SETUID", "SYS_CHROOT")
+
+
+def test_what_the_rehearsal_finds_out(run):
+    """What run would refuse, it refuses, and prints no half of a script."""
+    one_line(run("--by-hand", "busybox", "none"), "none", status=127)
+    one_line(run("--by-hand", "--network=nothing", "busybox", "true"), "--network")
