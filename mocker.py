@@ -184,7 +184,7 @@ def set_story(arguments):
         with explained(OSError, "--step waits for Enter, and there is no terminal: take --explain"):
             story.stepping = os.open("/dev/tty", os.O_RDWR)  # not stdin, which may be the container's
 
-def write_script(program):
+def write_script(program, id):
     """What was told so far, and at its end the program, for sh.
 
     After what wraps comes a shell, which reads the rest of the script from a here-document; but at
@@ -195,10 +195,10 @@ def write_script(program):
     for number, (line, wraps) in enumerate(story.script):
         if not wraps:
             lines.append(line)
-        elif number > last:
+        elif number >= last:
             chain.append(line)
         else:
-            end = f"INSIDE_{len(ends)}"
+            end = f"INSIDE_{len(ends)}_{id}"  # which no image knows, to end it before
             shell = f"{line} sh -e /dev/fd/3 3<<'{end}'".strip()
             lines.append(f"exec {shell}" if ends else f"{shell} || status=$?")
             ends.insert(0, end)
@@ -1310,7 +1310,7 @@ def detach(path):
 def remove_empty(directory):
     with contextlib.suppress(OSError):  # somebody else may use it now
         os.rmdir(directory)
-        tell(f"rmdir {directory}")
+        tell(f"rmdir {shlex.quote(directory)}")
 
 # ═══ Its root: overlay, /proc, /sys, /dev, pivot_root ════════════════════════════════════════════
 #
@@ -1932,7 +1932,7 @@ def delete_cgroup(directory):
             if os.path.exists(f"{directory}/memory.force_empty"):  # v1 keeps a group for its cached pages' sake
                 write_kernel_file(f"{directory}/memory.force_empty", 0)
             os.rmdir(directory)
-            tell(f"rmdir {directory}")
+            tell(f"rmdir {shlex.quote(directory)}")
         except (OSError, MockerError):
             if time.monotonic() > deadline:
                 raise
@@ -2489,7 +2489,7 @@ def execute(container):
         if "/" not in name and not found:
             raise FileNotFoundError(errno.ENOENT, "not found in $PATH")
         if story.script is not None:
-            return write_script(by_hand(container))
+            return write_script(by_hand(container), container.id)
         say(f'Running "{" ".join(container.arguments)}"')
         for variable, value in container.environment.items():
             say(f"Setting ENV {variable}={value}")
