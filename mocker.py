@@ -84,7 +84,7 @@ class story:
     """How much is told, and where to. stdout is the container's; all of this goes to stderr."""
 
     level, output, style = PLAIN, 2, {}
-    script, on_terminal = None, False  # with --by-hand: what is told, as [(line, does it wrap the rest?)]
+    script = None  # with --by-hand: what is told goes in there
     three = received = None  # what a pull's workers share
     stepping = None  # with --step: the terminal from which Enter is read
 
@@ -134,8 +134,8 @@ def tell(command, wraps=False, by_hand=None):
     """
     if story.level >= EXPLAIN:
         write_line(f"  $ {command}", "command")
-    if story.script is not None:
-        story.script.append((command if by_hand is None else by_hand, wraps))
+    if story.script:
+        story.script.add(command if by_hand is None else by_hand, wraps)
 
 def prove(question, answer):
     """What the kernel says, now; `question` is the command that asks the same."""
@@ -162,8 +162,8 @@ def narrate(heading, body):
         for line in body:
             write_line(line)
         wait_for_enter()
-    if story.script is not None:
-        story.script.append(("\n" + "\n".join(f"# {line}" for line in [heading, *body]), False))
+    if story.script:
+        story.script.add("\n" + "\n".join(f"# {line}" for line in [heading, *body]))
 
 def wait_for_enter():
     """With --step the speaker sets the pace."""
@@ -184,30 +184,36 @@ def set_story(arguments):
         with explained(OSError, "--step waits for Enter, and there is no terminal: take --explain"):
             story.stepping = os.open("/dev/tty", os.O_RDWR)  # not stdin, which may be the container's
 
-def write_script(program, id):
-    """What was told so far, and at its end the program, for sh.
+class Script:
+    """--by-hand: what is told, as a script for sh.
 
-    After what wraps comes a shell, which reads the rest of the script from a here-document; but at
-    the end comes the program: without the old root there is no /dev/fd, and soon no shell.
+    After what wraps comes a shell, which reads the rest from a here-document. Without the old root
+    there is no /dev/fd, and soon no shell: what wraps then is chained before the program.
     """
-    plain = [not wraps and not line.lstrip().startswith("#") for line, wraps in story.script]
-    last, lines, ends, chain = len(plain) - plain[::-1].index(True), [], [], []
-    for number, (line, wraps) in enumerate(story.script):
-        if not wraps:
-            lines.append(line)
-        elif number >= last:
-            chain.append(line)
-        else:
-            end = f"INSIDE_{len(ends)}_{id}"  # which no image knows, to end it before
-            shell = f"{line} sh -e /dev/fd/3 3<<'{end}'".strip()
-            lines.append(f"exec {shell}" if ends else f"{shell} || status=$?")
-            ends.insert(0, end)
-    write_out([*lines, " ".join(["exec", *chain, program, "3<&-"]), *ends])
 
-def write_out(lines):
-    """To stdout; a terminal gets nothing that it would obey."""
-    text = "\n".join(lines)
-    print("\n".join(map(printable, text.split("\n"))) if story.on_terminal else text, flush=True)
+    def __init__(self, header, id):
+        self.lines, self.ends, self.chain = [header], [], None
+        self.id, self.shown = id, printable if os.isatty(1) else str
+
+    def add(self, line, wraps=False):
+        if wraps and self.chain is not None:
+            self.chain.append(line)
+        elif wraps:
+            end = f"INSIDE_{len(self.ends)}_{self.id}"  # no image knows it, to end it before
+            shell = f"{line} sh -e /dev/fd/3 3<<'{end}'".strip()
+            self.lines.append(f"exec {shell}" if self.ends else f"{shell} || status=$?")
+            self.ends.insert(0, end)
+        else:
+            self.lines.append(line)
+
+    def write(self, *last):
+        for line in "\n".join([*self.lines, *last]).split("\n"):
+            print(self.shown(line))
+        sys.stdout.flush()
+        self.lines.clear()
+
+    def write_with(self, program):
+        self.write(" ".join(["exec", *(self.chain or []), program, "3<&-"]), *self.ends)
 
 # ═══ The registry: reference, token, manifest, blobs ═════════════════════════════════════════════
 #
@@ -2215,10 +2221,10 @@ def rehearse(container):
     missing = {"SETUID", "SETGID", "SYS_CHROOT"} - {*container.capabilities}
     check(not missing, f"--by-hand needs {', '.join(missing)} to the last, for setpriv(1) and unshare(1): keep them")
     container.remove, container.terminal, container.takes_stdin = True, False, False  # it has those of the script
-    story.level, story.script, story.on_terminal = QUIET, [(SCRIPT_HEADER, False)], os.isatty(1)
+    story.level, story.script = QUIET, Script(SCRIPT_HEADER, container.id)
     status = perform(container)
     if status == 0:
-        write_out(["\n# ■ The end", "set +e", *(line for line, _ in story.script), "exit $status"])
+        story.script.write("exit $status")
     return status
 
 SCRIPT_HEADER = """\
@@ -2412,7 +2418,8 @@ def start(container):
             tell("fork", wraps=True, by_hand="")
         container.pid = fork(go_inside, container, inner, os.getpid())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    story.script = story.script and []  # the child has it now, and goes on
+    if story.script:
+        story.script = Script("\n# ■ The end\nset +e", container.id)  # the child goes on with the other
 
 def fork(function, *arguments):
     """A child that does this and nothing else. → its pid"""
@@ -2488,8 +2495,8 @@ def execute(container):
     try:
         if "/" not in name and not found:
             raise FileNotFoundError(errno.ENOENT, "not found in $PATH")
-        if story.script is not None:
-            return write_script(by_hand(container), container.id)
+        if story.script:
+            return story.script.write_with(by_hand(container))
         say(f'Running "{" ".join(container.arguments)}"')
         for variable, value in container.environment.items():
             say(f"Setting ENV {variable}={value}")
@@ -2501,7 +2508,7 @@ def execute(container):
 
 def pivot_by_hand(container):
     """A script's tools lie in the old root, so it lets go of that only now. Till here its paths were relative."""
-    if story.script is not None and "pivot_root" in container.parts:
+    if story.script and "pivot_root" in container.parts:
         rootfs = shlex.quote(f"{container.directory}/rootfs")
         narrate("■ pivot_root, from a shell that takes a second view of the old root as its own meanwhile", [])
         tell("mkdir ../host")
@@ -2509,6 +2516,7 @@ def pivot_by_hand(container):
         tell("unshare --root=../host --wd=.", wraps=True)
         tell(f"nsenter --mount=/proc/self/ns/mnt pivot_root {rootfs} {rootfs}")
         tell("nsenter --mount=/proc/self/ns/mnt umount -l /")
+        story.script.chain = []
 
 def by_hand(container):
     """As execute does it, for a script: unshare looks for the program in $PATH, in the new root."""
@@ -2624,7 +2632,7 @@ def open_copies(container):
     /tmp is everybody's. So the file is made under a name that nobody can know and renamed: a link
     that another user planted as /tmp/stdout is replaced, not followed.
     """
-    if story.script is not None:
+    if story.script:
         return []
     copies = [os.open(f"{container.directory}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)]
     mine = f"/tmp/.stdout_{os.urandom(8).hex()}"
