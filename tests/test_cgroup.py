@@ -63,7 +63,8 @@ def test_the_groups_go_with_the_container(run):
 @pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
 def test_all_of_it_on_cgroup_v2(pulled):
     """These tests again, in a kernel with cgroup v2; its store is a copy in memory."""
-    command = f"cd {TESTS} && {sys.executable} -m pytest -q -p no:cacheprovider -c pytest.ini test_cgroup.py test_told.py"
+    files = "test_cgroup.py test_told.py"
+    command = f"cd {TESTS} && {sys.executable} -m pytest -q -p no:cacheprovider -c pytest.ini {files}"
     with tempfile.TemporaryDirectory(dir="/var/tmp") as shared:  # the host's /tmp is not there
         subprocess.run(["cp", "-a", f"{pulled}/.", shared], check=True)  # not copytree: some files are sparse
         done = machine.uml(command, timeout=500, env={**os.environ, "MOCKER_TEST_INSIDE": shared})
