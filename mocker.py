@@ -1461,7 +1461,7 @@ def write_etc(container):
 #   the host                                         the container
 #   eth0 ── NAT ── mocker0 10.0.0.1 ── veth0_1a2b3c4d ═══ veth1 10.0.0.3, default via 10.0.0.1
 
-BRIDGE = "mocker0"
+BRIDGE, GROUP = "mocker0", 10003  # the group of links that all of ours are in
 SUBNETS = ["10.0.0"] + [f"10.0.{n}" for n in range(1, 8)] + [f"172.30.{n}" for n in range(8)] + ["192.168.213"]
 NETNS = "/run/netns"  # where ip-netns(8) finds namespaces by name
 # As docker sets them for a container: it may ping, bind any port, and has no IPv6.
@@ -1502,10 +1502,6 @@ def add_address(name, address):
     fields = {"family": socket.AF_INET, "prefixlen": 24, "index": socket.if_nametoindex(name)}
     ask_kernel(f"ip address add {address}/24 dev {name}", NEW_ADDRESS, fields, IFA_LOCAL=address, IFA_ADDRESS=address)
 
-def delete_link(name):
-    if name in read_interfaces():
-        ask_kernel(f"ip link delete {name}", DELETE_LINK, {}, IFLA_IFNAME=name)
-
 @step("net")
 def create_network(container, undo):
     """Network: a namespace, and a wire into it
@@ -1530,8 +1526,9 @@ def create_network(container, undo):
     with open(f"{NETNS}/{netns}") as handle:
         inner = nested(IFLA_IFNAME="veth1", IFLA_NET_NS_FD=handle.fileno())
         pair = nested(IFLA_INFO_KIND="veth", IFLA_INFO_DATA=nested(VETH_INFO_PEER=inner))
-        ask_kernel(f"ip link add {wire} up master {BRIDGE} type veth peer name veth1 netns {netns}", NEW_LINK, UP,
-                   IFLA_IFNAME=wire, IFLA_MASTER=socket.if_nametoindex(BRIDGE), IFLA_LINKINFO=pair)
+        ask_kernel(f"ip link add {wire} up group {GROUP} master {BRIDGE} type veth peer name veth1 netns {netns}",
+                   NEW_LINK, UP, IFLA_IFNAME=wire, IFLA_GROUP=GROUP, IFLA_MASTER=socket.if_nametoindex(BRIDGE),
+                   IFLA_LINKINFO=pair)
     publish_ports(container, undo)
 
 def create_netns(name):
@@ -1610,11 +1607,11 @@ def create_bridge():
     if subnet != SUBNETS[0]:
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
     HOST.note(restore_file, forward, read_kernel_file(forward))
-    HOST.note(delete_link, BRIDGE)
+    HOST.note(delete_bridge)
     # With a MAC of its own: else it would take one of its ports', and change it when that port goes.
     mac = "02:42:" + ":".join(f"{int(part):02x}" for part in f"{subnet}.1".split("."))
-    ask_kernel(f"ip link add {BRIDGE} up address {mac} type bridge", NEW_LINK, UP,
-               IFLA_IFNAME=BRIDGE, IFLA_ADDRESS=mac, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
+    ask_kernel(f"ip link add {BRIDGE} up group {GROUP} address {mac} type bridge", NEW_LINK, UP, IFLA_IFNAME=BRIDGE,
+               IFLA_GROUP=GROUP, IFLA_ADDRESS=mac, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
     add_address(BRIDGE, f"{subnet}.1")
     write_kernel_file(forward, "1")
     open_way_out(subnet)
@@ -1622,7 +1619,8 @@ def create_bridge():
 
 def delete_network(id, address):
     """Its namespace, its wire; from here on its address is free."""
-    delete_link(f"veth0_{id}")  # now, and not when the kernel gets round to it
+    if container_ids() != [id] and f"veth0_{id}" in read_interfaces():  # the last one's goes with the bridge
+        ask_kernel(f"ip link delete veth0_{id}", DELETE_LINK, {}, IFLA_IFNAME=f"veth0_{id}")
     if os.path.exists(f"{NETNS}/mocker_{id}"):
         with contextlib.suppress(MockerError):  # it may not have been mounted yet
             call("umount2", f"{NETNS}/mocker_{id}", MNT_DETACH)
@@ -1630,6 +1628,11 @@ def delete_network(id, address):
         tell(f"ip netns delete mocker_{id}")
         with contextlib.suppress(OSError):  # not told: ip-netns(8) would leave it
             os.rmdir(NETNS)
+
+def delete_bridge():
+    """With the last container's wire: the kernel waits for those who may be using them, once for the whole group."""
+    if BRIDGE in read_interfaces():
+        ask_kernel(f"ip link delete group {GROUP}", DELETE_LINK, {}, IFLA_GROUP=GROUP)
 
 # ── The firewall: nft(8), or iptables(8) where it is missing ───────────────────────────────────────
 
@@ -1813,8 +1816,8 @@ def join_cgroup(container):
     """Join the cgroup, while /sys/fs/cgroup is still in sight
 
     A process is moved by writing its number into cgroup.procs; 0 is whoever writes. All that it
-    forks later is born in there. (v1's tasks moves one thread. That is all we have, just forked;
-    and for cgroup.procs v1 would wait until nobody on the machine forks, 7 ms for each tree.)
+    forks later is born in there. (v1's tasks moves one thread, which is all we have, just forked; to
+    move a process, v1 would wait until nobody on the machine forks.)
     See man 7 cgroups. Look: cat /proc/PID/cgroup
     """
     for directory in container.cgroups:
