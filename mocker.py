@@ -1527,20 +1527,20 @@ def write_etc(container):
 #   the host                                         the container
 #   eth0 ── NAT ── mocker0 10.0.0.1 ── veth0_1a2b3c4d ═══ veth1 10.0.0.3, default via 10.0.0.1
 
-BRIDGE = "mocker0"
+BRIDGE, GROUP = "mocker0", 10003  # the group of links that all of ours are in
 SUBNETS = ["10.0.0"] + [f"10.0.{n}" for n in range(1, 8)] + [f"172.30.{n}" for n in range(8)] + ["192.168.213"]
 NETNS = "/run/netns"  # where ip-netns(8) finds namespaces by name
 # As docker sets them for a container: it may ping, bind any port, and has no IPv6.
 NET_SYSCTLS = {"ipv4/ping_group_range": "0 2147483647", "ipv4/ip_unprivileged_port_start": "0",
                "ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1"}
+# What the kernel can be asked for (man 7 rtnetlink): number, flags, pyroute2's name for its form. 0x5: a request,
+# to be acknowledged; 0x600: create it, and it must not be there yet.
+NEW_LINK, DELETE_LINK = (16, 0x605, "ifinfmsg"), (17, 0x5, "ifinfmsg")
+NEW_ADDRESS, NEW_ROUTE = (20, 0x605, "ifaddrmsg"), (24, 0x605, "rtmsg")
+IFF_UP = 1
+UP = {"flags": IFF_UP, "change": IFF_UP}
 
-NEW_LINK, DELETE_LINK, NEW_ADDRESS, NEW_ROUTE = 16, 17, 20, 24  # man 7 rtnetlink
-MESSAGES = {NEW_LINK: "ifinfmsg", DELETE_LINK: "ifinfmsg", NEW_ADDRESS: "ifaddrmsg", NEW_ROUTE: "rtmsg"}
-REQUEST, ACKNOWLEDGE, CREATE = 0x1, 0x4, 0x600  # CREATE: and it must not be there yet
-UP = {"flags": 1, "change": 1}  # of a link: the flag, and which flags to set
-MAIN_TABLE, BOOT, UNICAST = 254, 3, 1  # of a route, as ip-route(8) has them if not told otherwise
-
-def ask_kernel(command, kind, fields, **attributes):
+def ask_kernel(command, request, fields, **attributes):
     """One request about links, addresses or routes of the network namespace that we are in, and its answer."""
     if "pyroute2" not in sys.modules:
         # pyroute2 imports all that it has, which takes longer than a container to start; we need
@@ -1548,18 +1548,16 @@ def ask_kernel(command, kind, fields, **attributes):
         spec = importlib.util.find_spec("pyroute2")
         check(spec, "the Python package 'pyroute2' is missing: pip install -r requirements.txt, or --network=none")
         sys.modules["pyroute2"] = importlib.util.module_from_spec(spec)
-    message = getattr(importlib.import_module(f"pyroute2.netlink.rtnl.{MESSAGES[kind]}"), MESSAGES[kind])()
-    flags = REQUEST | ACKNOWLEDGE | (0 if kind == DELETE_LINK else CREATE)
-    message["header"] = {"type": kind, "flags": flags, "sequence_number": 1, "pid": 0}
-    for name, value in {**fields, **nested(**attributes)}.items():
-        message[name] = value
+    kind, flags, form = request
+    message = getattr(importlib.import_module(f"pyroute2.netlink.rtnl.{form}"), form)()
+    header = {"type": kind, "flags": flags, "sequence_number": 1, "pid": 0}
+    message.update(header=header, **fields, **nested(**attributes))
     message.encode()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
         kernel.bind((0, 0))
         kernel.send(message.data)
         number = -struct.unpack_from("i", kernel.recv(65536), 16)[0]
-    if number:
-        raise MockerError(f"{command}: {os.strerror(number)}", number=number)
+    check(number == 0, f"{command}: {os.strerror(number)}")
     tell(command)
 
 def nested(**attributes):
@@ -1569,14 +1567,6 @@ def nested(**attributes):
 def add_address(name, address):
     fields = {"family": socket.AF_INET, "prefixlen": 24, "index": socket.if_nametoindex(name)}
     ask_kernel(f"ip address add {address}/24 dev {name}", NEW_ADDRESS, fields, IFA_LOCAL=address, IFA_ADDRESS=address)
-
-def delete_link(name):
-    """What is gone already is no error."""
-    try:
-        ask_kernel(f"ip link delete {name}", DELETE_LINK, {}, IFLA_IFNAME=name)
-    except MockerError as error:
-        if error.errno != errno.ENODEV:
-            raise
 
 @step("net")
 def create_network(container, undo):
@@ -1597,8 +1587,14 @@ def create_network(container, undo):
         check(free, f"all addresses of {subnet}.0/24 are in use: stop a container, or run with --network=none")
         container.address, container.gateway = free[0], f"{subnet}.1"
         undo.note(delete_network, container.id, container.address)
-    create_netns(f"mocker_{container.id}")
-    create_wire(f"veth0_{container.id}", f"mocker_{container.id}")
+    netns, wire = f"mocker_{container.id}", f"veth0_{container.id}"
+    create_netns(netns)
+    with open(f"{NETNS}/{netns}") as handle:
+        inner = nested(IFLA_IFNAME="veth1", IFLA_NET_NS_FD=handle.fileno())
+        pair = nested(IFLA_INFO_KIND="veth", IFLA_INFO_DATA=nested(VETH_INFO_PEER=inner))
+        ask_kernel(f"ip link add {wire} up group {GROUP} master {BRIDGE} type veth peer name veth1 netns {netns}",
+                   NEW_LINK, UP, IFLA_IFNAME=wire, IFLA_GROUP=GROUP, IFLA_MASTER=socket.if_nametoindex(BRIDGE),
+                   IFLA_LINKINFO=pair)
     publish_ports(container, undo)
 
 def create_netns(name):
@@ -1610,14 +1606,6 @@ def create_netns(name):
         call("mount", "/proc/thread-self/ns/net", f"{NETNS}/{name}", "", MS_BIND, "", what=f"ip netns add {name}")
     tell(f"ip netns add {name}")
 
-def create_wire(name, netns):
-    """Two interfaces: what goes in at one comes out at the other (man 4 veth)."""
-    with open(f"{NETNS}/{netns}") as handle:
-        peer = nested(IFLA_IFNAME="veth1", IFLA_NET_NS_FD=handle.fileno())
-        pair = nested(IFLA_INFO_KIND="veth", IFLA_INFO_DATA=nested(VETH_INFO_PEER=peer))
-        ask_kernel(f"ip link add {name} up master {BRIDGE} type veth peer name veth1 netns {netns}", NEW_LINK, UP,
-                   IFLA_IFNAME=name, IFLA_MASTER=socket.if_nametoindex(BRIDGE), IFLA_LINKINFO=pair)
-
 @step("net")
 def join_network(container):
     """Join the network namespace, and set it up
@@ -1626,19 +1614,19 @@ def join_network(container):
     --network=none it is a new one instead, of which nobody else knows.
     See man 2 setns. Look: ip netns identify PID
     """
-    if container.network == "bridge":
-        tell(f"nsenter --net={NETNS}/mocker_{container.id}", wraps=True)
+    if container.network == "none":
+        unshare(CLONE_NEWNET, ["net"])
+        set_up_loopback()
+    elif container.network == "bridge":
         with open(f"{NETNS}/mocker_{container.id}") as handle:
             call("setns", handle.fileno(), CLONE_NEWNET)
-    elif container.network == "none":
-        unshare(CLONE_NEWNET, ["net"])
-    if container.network != "host":
+        tell(f"nsenter --net={NETNS}/mocker_{container.id}", wraps=True)
         set_up_loopback()
-    if container.network == "bridge":
         add_address("veth1", container.address)
         set_up("veth1")
-        fields = {"family": socket.AF_INET, "table": MAIN_TABLE, "proto": BOOT, "type": UNICAST}
-        ask_kernel(f"ip route add default via {container.gateway}", NEW_ROUTE, fields, RTA_GATEWAY=container.gateway)
+        in_main_table_as_by_hand = {"family": socket.AF_INET, "table": 254, "proto": 3, "type": 1}
+        ask_kernel(f"ip route add default via {container.gateway}", NEW_ROUTE, in_main_table_as_by_hand,
+                   RTA_GATEWAY=container.gateway)
     prove("cat /proc/net/route", read_kernel_file("/proc/net/route"))
 
 def set_up_loopback():
@@ -1649,16 +1637,15 @@ def set_up_loopback():
             write_kernel_file(f"/proc/sys/net/{name}", value)
 
 def set_up(name):
-    """By an old ioctl(2), which takes no library (man 7 netdevice): read its flags, add one, write them."""
-    SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
+    """By an old ioctl(2), which takes no library (man 7 netdevice): read the flags, add one, write them."""
+    SIOCGIFFLAGS, SIOCSIFFLAGS, form = 0x8913, 0x8914, "16sH22x"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
-        _, flags = struct.unpack("16sh22x", fcntl.ioctl(handle, SIOCGIFFLAGS, struct.pack("40s", name.encode())))
-        fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack("16sh22x", name.encode(), flags | IFF_UP))
+        answer = fcntl.ioctl(handle, SIOCGIFFLAGS, struct.pack(form, name.encode(), 0))
+        fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack(form, name.encode(), struct.unpack(form, answer)[1] | IFF_UP))
     tell(f"ip link set {name} up")
 
 def read_interfaces(process="thread-self"):
-    lines = read_kernel_file(f"/proc/{process}/net/dev").splitlines()[2:]
-    return [line.split(":")[0].strip() for line in lines]
+    return [line.split(":")[0].strip() for line in read_kernel_file(f"/proc/{process}/net/dev").splitlines()[2:]]
 
 def read_routes(process="thread-self"):
     """[(interface, network, gateway)] from its table, where 10.0.1.0 is 0001000A on a little-endian machine."""
@@ -1686,27 +1673,20 @@ def create_bridge():
     if subnet != SUBNETS[0]:
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
     HOST.note(restore_file, forward, read_kernel_file(forward))
-    HOST.note(delete_link, BRIDGE)
+    HOST.note(delete_bridge)
     # With a MAC of its own: else it would take one of its ports', and change it when that port goes.
     mac = "02:42:" + ":".join(f"{int(part):02x}" for part in f"{subnet}.1".split("."))
-    ask_kernel(f"ip link add {BRIDGE} up address {mac} type bridge", NEW_LINK, UP,
-               IFLA_IFNAME=BRIDGE, IFLA_ADDRESS=mac, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
+    ask_kernel(f"ip link add {BRIDGE} up group {GROUP} address {mac} type bridge", NEW_LINK, UP, IFLA_IFNAME=BRIDGE,
+               IFLA_GROUP=GROUP, IFLA_ADDRESS=mac, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
     add_address(BRIDGE, f"{subnet}.1")
     write_kernel_file(forward, "1")
-    # What leaves the bridge goes out under the host's address, or the answers would not find back.
-    if not add_rules("mocker", [("postrouting", f'ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
-                                 f"-s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")], HOST):
-        say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
-    for tool in iptables_with("filter"):
-        if "-P FORWARD DROP" in (ask_tool([tool, "-w", "-S", "FORWARD"]) or ""):
-            # Docker is here, and forwards nothing but its own.
-            ways = [("forward", None, f"{direction} {BRIDGE} -j ACCEPT") for direction in ("-i", "-o")]
-            add_iptables(tool, "mocker", ways, HOST.note)
+    open_way_out(subnet)
     return subnet
 
 def delete_network(id, address):
     """Its namespace, its wire; from here on its address is free."""
-    delete_link(f"veth0_{id}")  # now, and not when the kernel gets round to it
+    if container_ids() != [id] and f"veth0_{id}" in read_interfaces():  # the last one's goes with the bridge
+        ask_kernel(f"ip link delete veth0_{id}", DELETE_LINK, {}, IFLA_IFNAME=f"veth0_{id}")
     if os.path.exists(f"{NETNS}/mocker_{id}"):
         with contextlib.suppress(MockerError):  # it may not have been mounted yet
             call("umount2", f"{NETNS}/mocker_{id}", MNT_DETACH)
@@ -1715,14 +1695,19 @@ def delete_network(id, address):
         with contextlib.suppress(OSError):  # not told: ip-netns(8) would leave it
             os.rmdir(NETNS)
 
+def delete_bridge():
+    """With the last container's wire: the kernel waits for those who may be using them, once for the whole group."""
+    if BRIDGE in read_interfaces():
+        ask_kernel(f"ip link delete group {GROUP}", DELETE_LINK, {}, IFLA_GROUP=GROUP)
+
 # ── The firewall: nft(8), or iptables(8) where it is missing ───────────────────────────────────────
 
 # Where a rule stands: for nft, and for iptables as table and chain.
-CHAINS = {"raw": ("type filter hook prerouting priority -300", "raw", "PREROUTING"),
+CHAINS = {"mangle": ("type filter hook prerouting priority -150", "mangle", "PREROUTING"),
           "prerouting": ("type nat hook prerouting priority -100", "nat", "PREROUTING"),
           "output": ("type nat hook output priority -100", "nat", "OUTPUT"),
           "postrouting": ("type nat hook postrouting priority 100", "nat", "POSTROUTING"),
-          "forward": (None, "filter", "FORWARD")}
+          "forward": ("", "filter", "FORWARD")}
 IPTABLES = "iptables", "iptables-legacy"  # mostly the first one is for nftables, which not every kernel has
 
 def add_rules(owner, rules, undo):
@@ -1744,57 +1729,56 @@ def add_iptables(tool, owner, rules, note=lambda *undo: None):
             return False
     return True
 
-def iptables_with(table):
-    """Those that may have something in a table. The older one would make it by looking, and never remove it."""
-    return IPTABLES if table in read_kernel_file("/proc/net/ip_tables_names").split() else IPTABLES[:1]
-
 def nat_rules(owner):
     """As nft or iptables lists them."""
     listed = ask_tool(["nft", "list", "table", "ip", owner])
-    if listed is not None:
-        return list(dict.fromkeys(re.findall(r"^\s*(.* (?:dnat to .*|masquerade))$", listed, re.M)))
-    listed = "\n".join(ask_tool([tool, "-w", "-t", "nat", "-S"]) or "" for tool in iptables_with("nat"))
-    return re.findall(rf"^.*--comment {owner}\b.*$", listed, re.M)
+    if listed is None:
+        listed = "".join(ask_tool([tool, "-w", "-t", "nat", "-S"]) or "" for tool in IPTABLES)
+    return re.findall(rf"^\s*(.* dnat to .*|.* masquerade|.*--comment {owner}\b.*)$", listed, re.M)
+
+def open_way_out(subnet):
+    """What leaves the bridge goes out under the host's address, or the answers would not find back."""
+    rule = (f'ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade', f"-s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")
+    if not add_rules("mocker", [("postrouting", *rule)], HOST):
+        say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
+    # The older iptables would make a table by looking at it, and never remove it.
+    for tool in IPTABLES if "filter" in read_kernel_file("/proc/net/ip_tables_names") else IPTABLES[:1]:
+        if "-P FORWARD DROP" in (ask_tool([tool, "-w", "-S", "FORWARD"]) or ""):
+            # Docker is here, and forwards nothing but its own.
+            ways = [("forward", "", f"{way} {BRIDGE} -j ACCEPT") for way in ("-i", "-o")]
+            add_iptables(tool, "mocker", ways, HOST.note)
 
 def publish_ports(container, undo):
-    """-p: what arrives at a port of this machine is sent on to the container, and the answers back."""
+    """-p: what arrives at a port of this machine is sent on to the container."""
     rules = []
     for address, outer, inner, protocol in container.ports:
-        container.holders.add(hold_port(address, outer, protocol))
-        nft, iptables = f"ip daddr {address}", f"-d {address}"
-        if address == "0.0.0.0":
-            nft, iptables = "fib daddr type local", "-m addrtype --dst-type LOCAL"
-        target = f"{container.address}:{inner}"
-        rules += [(chain, f"{nft} {protocol} dport {outer} dnat to {target}",
-                   f"{iptables} -p {protocol} --dport {outer} -j DNAT --to-destination {target}")
-                  for chain in ("prerouting", "output")]
-    if not rules:
-        return
-    near = "127.0.0.0/8", f"{container.gateway}/24"  # this machine, and a neighbour: the answer is not for them alone
-    rules.append(("postrouting", f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {", ".join(near)} }} '
-                                 f"ip daddr {container.address} masquerade",
-                  f"-o {BRIDGE} -m conntrack --ctstate DNAT -s {','.join(near)} -d {container.address} -j MASQUERADE"))
-    check(open_loopback() and add_rules(f"mocker_{container.id}", rules, undo),
+        # A socket keeps others from the port for as long as the container runs.
+        holder = socket.socket(socket.AF_INET, {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}[protocol])
+        with explained(OSError, f"port {address}:{outer} can't be published ({{}}): choose another"):
+            holder.bind((address, outer))
+        container.holders.add(holder)
+        at, target = address.replace("0.0.0.0", "0.0.0.0/0"), f"{container.address}:{inner}"
+        rule = (f"fib daddr type local ip daddr {at} {protocol} dport {outer} dnat to {target}", "-m addrtype "
+                f"--dst-type LOCAL -d {at} -p {protocol} --dport {outer} -j DNAT --to-destination {target}")
+        rules += [("prerouting", *rule), ("output", *rule)]
+    check(not rules or open_way_in(container.gateway) and add_rules(f"mocker_{container.id}", rules, undo),
           "ports can't be published, since neither nft nor iptables works here: install nftables")
 
-def open_loopback():
-    """From 127.0.0.1 a packet may leave by the bridge only if the bridge says so. Then one may come in, too,
-    made by hand in a container, to what listens to this machine alone (CVE-2020-8558): it is dropped."""
-    switch = f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet"
-    guard = ("raw", f'iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop', f"-i {BRIDGE} -d 127.0.0.0/8 -j DROP")
-    guarded = read_kernel_file(switch) == "1" or add_rules("mocker", [guard], HOST)
-    if guarded:
-        write_kernel_file(switch, "1")
-    return guarded
+def open_way_in(gateway):
+    """For this machine and for a neighbour: the answers come back only to the host's own address on the bridge.
 
-def hold_port(address, port, protocol):
-    """A socket that keeps others from the port as long as the container runs."""
-    holder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM)
-    with explained(OSError, f"port {address}:{port} can't be published ({{}}): choose another"):
-        holder.bind((address, port))
-        if protocol == "tcp":
-            holder.listen(1)
-    return holder
+    From 127.0.0.1 a packet may leave by the bridge only if the bridge says so. Then one may come in, too, made by
+    hand in a container, to what listens to this machine alone (CVE-2020-8558): it is dropped.
+    """
+    switch, near = f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", f"127.0.0.0/8,{gateway}/24"
+    rules = [("mangle", f'iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop', f"-i {BRIDGE} -d 127.0.0.0/8 -j DROP"),
+             ("postrouting", f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }} masquerade',
+              f"-o {BRIDGE} -m conntrack --ctstate DNAT -s {near} -j MASQUERADE")]
+    if read_kernel_file(switch) != "1":
+        if not add_rules("mocker", rules, HOST):
+            return False
+        write_kernel_file(switch, "1")
+    return True
 
 # ═══ Its cgroup: how much it may use ═════════════════════════════════════════════════════════════
 #
@@ -1805,17 +1789,15 @@ CGROUP = "/sys/fs/cgroup"
 
 def cgroup_version():
     """2 if the unified tree is mounted there, 1 for a tree of controllers, 0 for none."""
-    kinds = dict(line.split()[1:3] for line in read_kernel_file("/proc/self/mounts").splitlines())
-    return 2 if kinds.get(CGROUP) == "cgroup2" else 1 if kinds.get(f"{CGROUP}/memory") == "cgroup" else 0
+    return 2 if os.path.exists(f"{CGROUP}/cgroup.controllers") else int(os.path.exists(f"{CGROUP}/memory/tasks"))
 
 def limits_of(container):
-    """The limits asked for → {file: text}, as this cgroup version spells them."""
+    """The limits asked for → {file: number}, as this cgroup version spells them."""
     memory, pids = container.memory, container.pids_limit
     quota = container.cpus and int(container.cpus * 100_000)  # microseconds of each 100,000
     wanted = {1: {"memory.memsw.limit_in_bytes": 2 * memory, "pids.max": pids, "cpu.cfs_quota_us": quota},
-              2: {"memory.max": memory, "memory.swap.max": memory, "pids.max": pids,
-                  "cpu.max": quota and f"{quota} 100000"}}
-    return {name: value for name, value in wanted[container.cgroup_version].items() if value}
+              2: {"memory.max": memory, "memory.swap.max": memory, "pids.max": pids, "cpu.max": quota}}
+    return {name: number for name, number in wanted[container.cgroup_version].items() if number}
 
 @step("cgroup")
 def create_cgroup(container, undo):
@@ -1829,43 +1811,41 @@ def create_cgroup(container, undo):
     """
     check(container.cgroup_version, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
     with locked(JOURNALS):
-        container.cgroups = {1: trees_v1, 2: trees_v2}[container.cgroup_version](container.id)
-        for directory in container.cgroups:
-            undo.note(delete_cgroup, directory)
-            make_directory(directory)
+        container.cgroups = {1: groups_v1, 2: groups_v2}[container.cgroup_version](container.id)
+    for directory in container.cgroups:
+        undo.note(delete_cgroup, directory)
+        make_directory(directory)
     if container.memory and container.cgroup_version == 1:
         limit_memory_v1(container)
-    for name, value in limits_of(container).items():
+    for name, number in limits_of(container).items():
         path = next(filter(os.path.exists, (f"{directory}/{name}" for directory in container.cgroups)), None)
         if path:
-            write_kernel_file(path, value)
+            write_kernel_file(path, number)
             prove(f"cat {path}", read_kernel_file(path))
         # Without swap there is none to limit.
         check(path or "sw" in name, f"the cgroups here have no {name}: enable the controller, or leave the limit out")
 
-def trees_v2(id):
-    """The container's directory → the options to mount its tree with. Each above it must pass the controllers on."""
+def groups_v2(id):
+    """One directory; those above it must pass the controllers on."""
     make_shared_directory(f"{CGROUP}/mocker")
-    for directory in CGROUP, f"{CGROUP}/mocker":
-        pass_on(directory)
-    return {f"{CGROUP}/mocker/{id}": ""}
+    pass_on(CGROUP)
+    pass_on(f"{CGROUP}/mocker")
+    return [f"{CGROUP}/mocker/{id}"]
 
 def pass_on(directory):
     """Let the directories below have controllers, too (man 7 cgroups, "subtree_control")."""
-    there = read_kernel_file(f"{directory}/cgroup.controllers").split()
-    passed = read_kernel_file(f"{directory}/cgroup.subtree_control").split()
-    missing = [name for name in ("memory", "pids", "cpu") if name in there and name not in passed]
-    if not missing:
-        return
-    # A cgroup with processes can't, unless it is the root of the tree. In a container what looks like the root is
-    # none, and has some: they move aside, as Docker's own docker-in-docker does it.
-    if os.path.exists(f"{directory}/cgroup.type") and read_kernel_file(f"{directory}/cgroup.procs"):
-        aside = f"{directory}/mocker_aside"
+    passed, aside = f"{directory}/cgroup.subtree_control", f"{directory}/mocker_aside"
+    missing = {"memory", "pids", "cpu"} & {*read_kernel_file(f"{directory}/cgroup.controllers").split()}
+    missing -= {*read_kernel_file(passed).split()}
+    # A group with processes can't, unless it is the root of the tree, which has no type. In a container what looks
+    # like the root is none, and has some: they move aside, as Docker's own docker-in-docker does it.
+    if missing and os.path.exists(f"{directory}/cgroup.type") and read_kernel_file(f"{directory}/cgroup.procs"):
         make_shared_directory(aside)
         HOST.note(move_processes, aside, directory)
         move_processes(directory, aside)
-    HOST.note(restore_file, f"{directory}/cgroup.subtree_control", " ".join(f"-{name}" for name in missing))
-    write_kernel_file(f"{directory}/cgroup.subtree_control", " ".join(f"+{name}" for name in missing))
+    if missing:
+        HOST.note(restore_file, passed, " ".join(f"-{name}" for name in missing))
+        write_kernel_file(passed, " ".join(f"+{name}" for name in missing))
 
 def move_processes(source, target):
     for pid in read_kernel_file(f"{source}/cgroup.procs").split():
@@ -1873,22 +1853,17 @@ def move_processes(source, target):
             file.write(pid)
     tell(f"for pid in $(cat {source}/cgroup.procs); do echo $pid > {target}/cgroup.procs || true; done")
 
-def trees_v1(id):
-    """The same for a tree of each controller, or of some; the trees' names are their options."""
-    for name in os.listdir(CGROUP):  # the `cgroups` package would make a directory in every one, and leave it
-        if os.path.isdir(f"{CGROUP}/{name}"):
-            make_shared_directory(f"{CGROUP}/{name}/root")
-    trees = {}
-    for line in read_kernel_file("/proc/self/cgroup").splitlines():  # 4:cpu,cpuacct:path, 1:name=systemd:path
-        options = line.split(":")[1]
-        parent = f"{CGROUP}/{options.replace('name=', '')}/root"
-        # Not cpuset, whose groups take nobody until told which CPUs; nor the v2 tree of a hybrid machine.
-        if options and "cpuset" not in options and os.path.exists(f"{parent}/tasks"):
-            trees[f"{parent}/mocker_{id}"] = options
-    return trees
+def groups_v1(id):
+    """One in each tree, but cpuset's, whose groups take nobody until told which CPUs, and v2's of a hybrid machine."""
+    names = [name for name in os.listdir(CGROUP) if os.path.isdir(f"{CGROUP}/{name}")]
+    for name in names:  # the `cgroups` package would make it, and leave it
+        make_shared_directory(f"{CGROUP}/{name}/root")
+    # Where cpu and cpuacct are one tree, cpu,cpuacct, these are links to it.
+    return [f"{CGROUP}/{name}/root/mocker_{id}" for name in names if not os.path.islink(f"{CGROUP}/{name}")
+            and os.path.exists(f"{CGROUP}/{name}/tasks") and not os.path.exists(f"{CGROUP}/{name}/cpuset.cpus")]
 
 def limit_memory_v1(container):
-    """By the `cgroups` package, which finds its directories made, and says more than we want."""
+    """By the `cgroups` package, which knows v1 alone."""
     logging.getLogger("cgroups.user").setLevel(logging.ERROR)
     cgroups.Cgroup(f"mocker_{container.id}", user="root").set_memory_limit(container.memory, "bytes")
     tell(f"echo {container.memory} > {CGROUP}/memory/root/mocker_{container.id}/memory.limit_in_bytes")
@@ -1902,14 +1877,13 @@ def make_shared_directory(directory):
 def join_cgroup(container):
     """Join the cgroup, while /sys/fs/cgroup is still in sight
 
-    A process is moved by writing its number into cgroup.procs, or a thread into v1's tasks; 0 is whoever
-    writes. All that it forks later is born in there.
+    A process is moved by writing its number into cgroup.procs; 0 is whoever writes. All that it
+    forks later is born in there. (v1's tasks moves one thread, which is all we have, just forked; to
+    move a process, v1 would wait until nobody on the machine forks.)
     See man 7 cgroups. Look: cat /proc/PID/cgroup
     """
-    # Just forked, we are one thread. For cgroup.procs, v1 would wait until nobody forks: 7 ms for each tree.
-    name = {1: "tasks", 2: "cgroup.procs"}[container.cgroup_version]
     for directory in container.cgroups:
-        write_kernel_file(f"{directory}/{name}", 0)
+        write_kernel_file(f"{directory}/{'tasks' if container.cgroup_version == 1 else 'cgroup.procs'}", 0)
     prove("cat /proc/self/cgroup", read_kernel_file("/proc/self/cgroup"))
 
 def mount_cgroups(container, plain, writable):
@@ -1921,13 +1895,11 @@ def mount_cgroups(container, plain, writable):
         mount("cgroup", target, "cgroup2", plain | writable)
         return
     mount("tmpfs", target, "tmpfs", plain, "mode=755")
-    for directory, options in container.cgroups.items():
-        name = directory.split("/")[4]
-        mount_at("cgroup", f"{target}/{name}", "cgroup", plain | writable, options)
-        for controller in name.split(",") if "," in name else ():  # as programs look for it
+    for name in (directory.split("/")[4] for directory in container.cgroups):
+        mount_at("cgroup", f"{target}/{name}", "cgroup", plain | writable, f"{'name=' * (name == 'systemd')}{name}")
+        for controller in name.split(",") if "," in name else ():  # where programs look for it
             make_link(name, f"{target}/{controller}")
     mount("none", target, "", MS_REMOUNT | plain | writable)
-
 
 def delete_cgroup(directory):
     """End what is still in it, and remove it. The kernel may need a moment to let the dead go."""
@@ -1950,7 +1922,7 @@ def end_members(directory):
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
     if members:
-        tell(f"kill -9 $(cat {directory}/cgroup.procs)")
+        tell(f"kill -9 $(cat {directory}/cgroup.procs) || true")
 
 # ═══ Its privileges: user, capabilities, system calls ════════════════════════════════════════════
 
@@ -2283,7 +2255,7 @@ class Container:
         self.privileged, self.read_only = arguments["--privileged"], arguments["--read-only"]
         self.capabilities = choose_capabilities(arguments["--cap-add"], arguments["--cap-drop"], self.privileged)
         self.address = self.gateway = self.pid = None
-        self.holders, self.cgroups, self.cgroup_version = set(), {}, cgroup_version()
+        self.holders, self.cgroups, self.cgroup_version = set(), [], cgroup_version()
         names = [name for name in os.listdir("/dev") if name != "ptmx"] if self.privileged else DEVICES
         self.devices = {name: os.stat(f"/dev/{name}") for name in names
                         if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")}

@@ -8,6 +8,7 @@ host_as_before_all  as host.host_as_before, for a whole file
 image    image({"Cmd": ["id"]}, [file("etc/x")]) makes an image of busybox and puts it in the store; → its name
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -66,7 +67,8 @@ class Running:
     def end(self):
         """End the container, and let mocker clear up."""
         if self.process.poll() is None:
-            self.kill()
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and mocker is clearing up
+                self.kill()
         self.process.communicate(timeout=60)
 
 

@@ -23,17 +23,16 @@ LIMITS = "*.max", "*limit_in_bytes", "cpu.cfs_quota_us", "cgroup.subtree_control
 SETTINGS = "ping_group_range", "ip_unprivileged_port_start", "conf/all/disable_ipv6", "conf/default/disable_ipv6"
 
 
-def look():
-    """Of where we are: the network, and all groups that have to do with mocker."""
+def look(id):
+    """Of where we are: the network, and the groups of a container."""
     kinds = "link", "address", "route", "rule", "nftables", "iptables", "named netns", "cgroup", "sysctl"
     seen = {kind: sorted(name for name in host.KINDS[kind]() if "fe80" not in name) for kind in kinds}
     seen["route"] = sorted(name for name, family in host.routes().items() if family == "-4")
-    seen["cgroup"] = [name for name in seen["cgroup"] if "mocker" in name]
-    for pattern in LIMITS:
-        for path in glob.glob(f"/sys/fs/cgroup/**/*mocker*/{pattern}", recursive=True):
+    seen["cgroup"] = [name for name in seen["cgroup"] if id in name]
+    for group in [*seen["cgroup"], "/sys/fs/cgroup/mocker"]:
+        for path in [path for pattern in LIMITS for path in glob.glob(f"{group}/{pattern}")]:
             seen[path] = host.content(path)
-    for path in glob.glob("/sys/fs/cgroup/**/*mocker*/cgroup.procs", recursive=True):
-        seen[path] = bool(host.content(path).split())
+        seen[group] = bool(host.content(f"{group}/cgroup.procs").split())
     for name in SETTINGS:
         seen[name] = [host.content(f"/proc/sys/net/{family}/{name}") for family in ("ipv4", "ipv6")]
     return seen
@@ -49,8 +48,8 @@ class Place:
         assert self.holder.stdout.readline() == "ready\n"
         self.enter = ["nsenter", f"--net=/proc/{self.holder.pid}/ns/net", f"--mount=/proc/{self.holder.pid}/ns/mnt"]
 
-    def look(self, *where):
-        command = [*self.enter, *where, sys.executable, __file__]
+    def look(self, *where, id="none"):
+        command = [*self.enter, *where, sys.executable, __file__, id]
         return json.loads(subprocess.check_output(command, text=True))
 
     def shell(self, lines):
@@ -110,20 +109,20 @@ def test_what_is_told_is_what_is_done(store, places, options, tmp_path):
         [id] = os.listdir(store.home / "containers")
         name = f"/run/netns/mocker_{id}"
         inside = ["nsenter", f"--net={name}"] if "--network=none" not in options else []
-        seen, seen_inside = one.look(), one.look(*inside)
+        seen, seen_inside = one.look(id=id), one.look(*inside, id=id)
         mocker.communicate()
-        assert mocker.returncode == 0 and one.look() == before
+        assert mocker.returncode == 0 and one.look(id=id) == before
     steps = told((tmp_path / "said").read_text())
 
     other.shell(of_steps(steps, BEFORE))
     container = enter_by_hand(other, of_steps(steps, INSIDE))
     try:
-        assert other.look() == seen
-        assert other.look(*inside) == seen_inside
+        assert other.look(id=id) == seen
+        assert other.look(*inside, id=id) == seen_inside
     finally:
         container.communicate()
         other.shell(steps["Finalizing"])
-    assert other.look() == before
+    assert other.look(id=id) == before
 
 
 def test_each_line_names_what_there_is(store):
@@ -135,4 +134,4 @@ def test_each_line_names_what_there_is(store):
 
 
 if __name__ == "__main__":
-    print(json.dumps(look()))
+    print(json.dumps(look(sys.argv[1])))
