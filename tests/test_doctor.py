@@ -15,7 +15,7 @@ import pytest
 from conftest import MOCKER
 
 pytestmark = pytest.mark.usefixtures("host_as_before_all")
-CHECKS = ["kernel", "root", "packages", "namespaces", "overlay", "cgroup", "firewall", "subnet", "hub", "leftovers"]
+CHECKS = ["kernel", "root", "packages", "namespaces", "overlay", "firewall", "cgroup", "subnet", "leftovers", "hub"]
 
 
 def verdicts(done):

@@ -261,18 +261,20 @@ CHALLENGES = [
 
 
 def wants_token(fake, challenge=CHALLENGES[0], answer=None, good_for=99):
-    """Let the fake demand a token, good for so many requests; → the addresses at which one was asked for."""
-    asked, left = [], [0]
+    """Let the fake demand a token, each good for so many requests; → the addresses at which one was asked for."""
+    asked, left = [], {TOKEN: good_for}
 
     def intercept(handler):
+        token = handler.headers.get("Authorization", "").partition(" ")[2]
         if handler.path.startswith("/token"):
             asked.append(handler.path)
-            left[0] = good_for
-            handler.answer(200, json.dumps(answer or {"token": TOKEN}).encode())
-        elif handler.headers.get("Authorization") != f"Bearer {TOKEN}" or left[0] == 0:
+            another = f"{TOKEN}{len(asked)}"
+            left[another] = good_for
+            handler.answer(200, json.dumps(answer or {"token": another}).encode())
+        elif left.get(token, 0) == 0:
             handler.answer(401, b"{}", {"WWW-Authenticate": challenge.replace("URL", fake.url)})
         else:
-            left[0] -= 1
+            left[token] -= 1
             return False
         return True
 
