@@ -230,7 +230,7 @@ def test_a_terminal_gets_a_progress_bar(mocker, fake):
     name = fake.put("x", simple(fake.layout, os.urandom(1 << 20)))
 
     def slowly(handler):
-        time.sleep("/blobs/" in handler.path)
+        time.sleep(0.6 * ("/blobs/" in handler.path))
 
     fake.intercept = slowly
     ours, its = pty.openpty()
@@ -316,10 +316,10 @@ def test_the_hubs_token(field, quick, hub, monkeypatch):
 def test_a_token_that_expires_in_mid_pull(quick, hub, monkeypatch):
     """The config takes longer than the token lives, so the layer needs another one."""
     monkeypatch.setattr(hub, "token_seconds", 2)
-    monkeypatch.setattr(
-        hub, "intercept", lambda handler: time.sleep(2.1 * (handler.service == "cdn" and not late.append(1)))
-    )
     late, before = [], len(hub.tokens)
+    monkeypatch.setattr(
+        hub, "intercept", lambda handler: handler.service == "cdn" and not late and late.append(time.sleep(2.1))
+    )
     done = quick("pull", "hello-world", env={"MOCKER_HUB": hub.url, "MOCKER_TIMEOUT": "10"})
     assert done.returncode == 0, done.stderr
     assert len(hub.tokens) - before == 2
