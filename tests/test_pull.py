@@ -788,8 +788,14 @@ def test_a_pull_while_a_container_runs(mocker, home):
 
 
 FULL = """
-import json, os, subprocess, sys
-home, *pull = sys.argv[1:]
+import json, os, pathlib, subprocess, sys
+home, tests, outputs = sys.argv[1:]
+sys.path.append(tests)
+from quick import Quick
+quick = Quick(pathlib.Path(outputs))
+
+def pull():
+    return quick("pull", "-q", "x", env=dict(os.environ))
 
 def mount(options):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", home], check=True)
@@ -799,16 +805,16 @@ def room():
     return (there.f_blocks - there.f_bfree) * there.f_frsize >> 10
 
 mount("size=20m")
-subprocess.run(pull, check=True)
+assert pull().returncode == 0
 needed, results = room(), []
 subprocess.run(["umount", home], check=True)
 part = needed // 4
 for size in [64, part, 2 * part, 3 * part, needed, *range(needed + part, needed + 5 * part, part // 4)]:  # and its tar
     mount(f"size={size}k")
-    done = subprocess.run(pull, capture_output=True, text=True)
+    done = pull()
     names = {os.path.relpath(os.path.join(where, name), home) for where, _, names in os.walk(home) for name in names}
     mount("remount,size=20m")
-    again = subprocess.run(pull, capture_output=True, text=True)
+    again = pull()
     found = [os.path.getsize(os.path.join(where, "f")) for where, _, names in os.walk(home) if "f" in names]
     results.append((size, done.returncode, done.stderr, sorted(names), again.returncode, found))
     subprocess.run(["umount", home], check=True)
@@ -816,11 +822,13 @@ print(json.dumps(results))
 """
 
 
-def test_a_full_disk(mocker, home, fake):
+def test_a_full_disk(mocker, home, fake, tmp_path):
     """Wherever in a pull: one line, nothing half done, and the next one, with more room, goes well."""
     fake.put("library/x", fake.layout.image([fake.layout.layer(layer([file("f", os.urandom(3_500_000))]), "plain")]))
     home.mkdir()
-    command = ["unshare", "--mount", sys.executable, "-c", FULL, home, *mocker.command(["pull", "-q", "x"])]
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    command = ["unshare", "--mount", sys.executable, "-c", FULL, home, os.path.dirname(__file__), outputs]
     env = {**mocker.env, "MOCKER_HUB": fake.url}
     results = json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
     for size, status, said, names, again, found in results:
