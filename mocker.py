@@ -239,18 +239,15 @@ class Reference:
 # This machine, which is asked by plain http, and through no proxy.
 LOOPBACK = re.compile(r"(localhost|\[::1\]|127(\.\d+){3})(:\d+)?", re.ASCII)
 
-def is_local(host):
-    """Plain http is for this machine, or where MOCKER_INSECURE=host[:port],… allows it."""
-    allowed = {host, re.sub(r":\d+$", "", host)} & {*os.environ.get("MOCKER_INSECURE", "").split(",")}
-    return bool(allowed) or LOOPBACK.fullmatch(host) is not None
-
 class Registry:
     """One repository of one registry, and the HTTP session in which it is asked."""
 
     def __init__(self, reference, authorization=None, attempts=ATTEMPTS):
         self.reference, self.session = reference, requests.Session()
-        self.base = f"{'http' if is_local(reference.host) else 'https'}://{reference.host}"
-        if reference.host == DOCKER_HUB:  # or a mirror of it
+        host, insecure = reference.host, os.environ.get("MOCKER_INSECURE", "").split(",")
+        plain = LOOPBACK.fullmatch(host) or host in insecure or re.sub(r":\d+$", "", host) in insecure
+        self.base = f"{'http' if plain else 'https'}://{host}"
+        if host == DOCKER_HUB:  # or a mirror of it
             self.base = os.environ.get("MOCKER_HUB", "https://registry-1.docker.io").rstrip("/")
         self.host = self.base.partition("//")[2].partition("/")[0]
         self.session.trust_env = False  # else requests sends the login of ~/.netrc to whoever it is
@@ -265,10 +262,7 @@ class Registry:
             self.session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=patience))
 
     def get(self, path, method="GET", **headers):
-        """A path of the repository, or a whole address → an answer that is yet to be read.
-
-        We do what we are told until we have it: log in, once; go elsewhere; wait. MockerError says why there is none.
-        """
+        """A path of the repository, or a whole address → the answer, not yet read; MockerError if there is none."""
         address = url.urljoin(f"{self.base}/v2/{self.reference.repository}/", path)
         try:
             for _ in range(10):
@@ -324,22 +318,18 @@ class Registry:
         return MockerError(f"{self.base} answers {status} {response.reason[:100]}: {advice}")
 
     def answer(self, challenge):
-        """WWW-Authenticate (RFC 9110 §11.6.1) → an Authorization that satisfies it.
-
-        A Bearer's token is from the realm, for this pull and no more; it may expire in mid-pull.
-        """
+        """WWW-Authenticate (RFC 9110 §11.6.1) → an Authorization that satisfies it; a token may expire in mid-pull."""
         prove("the registry's challenge", challenge)
         login = find_login("https://index.docker.io/v1/" if self.host == "registry-1.docker.io" else self.host)
         if not challenge.lower().startswith("bearer "):
             check(login, f"{self.host} wants a name and a password: docker login {self.host}")
             return login
-        fields = re.findall(r'(\w+)=(?:"([^"]+)"|([^\s",]+))', challenge)
-        asked = {key: quoted or bare for key, quoted, bare in fields}
+        asked = requests.utils.parse_dict_header(challenge.partition(" ")[2])
         wanted = {"service": asked.get("service"), "scope": f"repository:{self.reference.repository}:pull"}
         realm = requests.Request("GET", asked.get("realm", ""), params=wanted).prepare().url
         raw = self.get(realm, Authorization=login).raw.read(MANIFEST_LIMIT)
-        body = parse_json(raw, {"token?": TEXT, "access_token?": TEXT}, "the token")
-        token = body.get("token") or body.get("access_token") or ""
+        body = parse_json(raw, {}, "the token")
+        token = str(body.get("token") or body.get("access_token") or "")
         check(re.fullmatch(r"[\x21-\x7e]+", token), f"{self.host} gives a token that can be none: try again later")
         with contextlib.suppress(ValueError, IndexError):
             prove("the token's claims, decoded", base64.urlsafe_b64decode(token.split(".")[1] + "==").decode())
@@ -347,7 +337,7 @@ class Registry:
 
 def root_cause(error):
     """The innermost reason in a chain of libraries' errors, in a few words."""
-    while getattr(error, "args", None) and isinstance(error.args[-1], BaseException):
+    while error.args and isinstance(error.args[-1], BaseException):
         error = error.args[-1]
     error = getattr(error, "reason", error)
     return (str(error).rpartition("): ")[2] or type(error).__name__)[:150]
@@ -369,13 +359,14 @@ def find_login(server):
 
     helper = entry("credHelpers") or config.get("credsStore")
     if helper:
-        answer = run_tool([f"docker-credential-{helper}", "get"], server)
-        found = answer and parse_json(answer, {"Username": TEXT, "Secret": TEXT}, f"docker-credential-{helper}")
-        login = found and base64.b64encode(f"{found['Username']}:{found['Secret']}".encode()).decode()
+        answer = run_tool([f"docker-credential-{helper}", "get"], server) or "{}"
+        found = parse_json(answer, {}, f"docker-credential-{helper}")
+        pair = f"{found.get('Username')}:{found['Secret']}" if "Secret" in found else ""
+        login = base64.b64encode(pair.encode()).decode()
     else:
-        what = f"the entry of {server} in {what}"
-        login = check_shape(entry("auths") or {}, {"auth?": TEXT}, what).get("auth") or ""
-        check(re.fullmatch(r"[\w+/=]*", login, re.ASCII), f"{what} is damaged: docker login {server}")
+        with explained((TypeError, ValueError), f"the entry of {server} in {what} is damaged: docker login {server}"):
+            login = dict(entry("auths") or {}).get("auth") or ""
+            base64.b64decode(login, validate=True)
     return f"Basic {login}" if login else None
 
 def run_tool(command, text=None):
@@ -398,8 +389,7 @@ def check_shape(value, shape, what):
     """`value`, if it is as the spec says: {"key": shape}, [shape], a type or a pattern. Nothing is guessed at."""
     kind = str if isinstance(shape, re.Pattern) else shape if isinstance(shape, type) else type(shape)
     names = {dict: "an object", list: "a list", str: "valid text", int: "a number"}
-    check(isinstance(value, kind) and not isinstance(value, bool) and not (kind is int and value < 0)
-          and not (kind is str and not shape.fullmatch(value)),
+    check(type(value) is kind and (kind is not int or value >= 0) and (kind is not str or shape.fullmatch(value)),
           f"{what} should be {names[kind]}, not {str(value)[:80]}: this image is broken, or it is no image")
     for key, inner in shape.items() if isinstance(shape, dict) else ():
         name = key.rstrip("?")
@@ -446,14 +436,14 @@ def choose_platform(index, wanted, what):
         platform = entry.get("platform") or {}
         name = "/".join(platform[key] for key in ("os", "architecture", "variant") if platform.get(key))
         if not name.startswith("unknown"):
-            there.setdefault(name, entry["digest"])
+            there.setdefault(re.sub("arm64$", "arm64/v8", name), entry["digest"])
     older = [re.sub("v[67]$", f"v{n}", wanted) for n in (6, 5) if wanted.startswith("linux/arm/")]
-    for name in (wanted, f"{wanted}/v8", re.sub("/v8$", "", wanted), *older, ""):
+    for name in (re.sub("arm64$", "arm64/v8", wanted), *older, ""):
         if name in there:
             prove(f"the index's platforms: {', '.join(there)}; chosen", name)
             return there[name]
-    others = ", ".join(sorted(there)) or "none"
-    raise MockerError(f"{what} is not there for {wanted}, only for {others}: try --platform=…")
+    raise MockerError(f"{what} is not there for {wanted}, only for {', '.join(sorted(there)) or 'none'}: "
+                      "try --platform=…")
 
 @step()
 def find_manifest(registry, platform):
@@ -505,7 +495,7 @@ def fetch_blob(registry, blob, partial, received=lambda count: None):
                     received(file.tell())
                     if file.tell() > size:
                         break
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            except urllib3.exceptions.HTTPError as error:
                 say(f"the connection dropped at byte {file.tell()} ({root_cause(error)}); going on")
             idle = idle + 1 if file.tell() <= offset else 0
         check(file.tell() == size, f"{digest[:15]}… has {file.tell()} bytes, not {size}: pull again")
@@ -2625,6 +2615,8 @@ def doctor(arguments):
     for look in (look_at_kernel, look_at_root, look_at_packages, *trials, look_at_cgroup, look_at_subnet,
                  look_for_leftovers, look_at_hub):
         try:
+            if look in trials:
+                need_root("to try that")
             verdict, found = "ok", in_a_worker(look) if look in trials else look()
         except MockerError as error:
             verdict, found = "LACKS" if error.status else "warn", error
@@ -2660,7 +2652,6 @@ def try_namespaces():
     return "mount, uts, ipc, pid, net, cgroup"
 
 def try_overlay():
-    need_root("an overlay")
     need_disk()
     with partial_directory() as directory, explained(MockerError, "{}: modprobe overlay, or move MOCKER_HOME"):
         os.mkdir(f"{directory}/layer")
@@ -2994,22 +2985,19 @@ def dispatch(argv):
         return print(f"mocker {__version__}")
     if name in ("help", "-h", "--help") or (function and words[:1] in (["-h"], ["--help"])):
         return print(usage.strip())
-    if not function:
-        return misused(usage, 125 if argv else 1)
     try:
+        if not function:
+            raise docopt.DocoptExit
         # docopt takes no options after the first word that is none, so that `ls -l` can follow `run busybox`;
         # the command's own name must not be that word. doctor must be able to say that docopt is missing.
         plain = usage.replace(f"mocker {name}", "mocker")
         arguments = {} if argv == ["doctor"] else docopt.docopt(plain, words, False, options_first=function is run)
     except docopt.DocoptExit:
-        return misused(usage, 125)
+        print(usage[usage.index("Usage:") :].partition("\n\nTry")[0].strip(), file=sys.stderr)
+        return 125 if argv else 1
     set_story(arguments)
     sweep()
     return function(arguments)
-
-def misused(usage, status):
-    print(usage[usage.index("Usage:") :].partition("\n\nTry")[0].strip(), file=sys.stderr)
-    return status
 
 def interrupted(number, frame):
     """Ctrl-C or SIGTERM before the container runs: undo what was done so far, then end."""

@@ -325,6 +325,14 @@ def test_a_token_that_expires_in_mid_pull(quick, hub, monkeypatch):
     assert len(hub.tokens) - before == 2
 
 
+def test_a_token_that_is_refused_is_the_last(quick, fake):
+    """As Docker Hub gives one to anybody for an image that is not there."""
+    asked = wants_token(fake, good_for=0)
+    done = quick("pull", "-q", "x", env={"MOCKER_HUB": fake.url})
+    assert done.returncode == 125 and "401" in done.stderr
+    assert len(asked) == 1 and len(fake.requests) == 3
+
+
 @pytest.mark.parametrize("good_for", [1, 2, 3])
 def test_a_token_for_a_few_requests_only(good_for, quick, fake):
     """Workers share no token: each gets another one when its own is used up."""
@@ -446,6 +454,38 @@ def test_a_mirror_never_gets_the_login_of_docker_hub(challenge, mocker, quick, f
     ]
     assert quick("pull", "x", env={"MOCKER_HUB": fake.url}).returncode == 125
     assert set(sent) == {None}
+
+
+def test_another_host_that_we_are_sent_to_gets_no_login(mocker, quick, fake):
+    """Whatever it asks for; by another name it is another host."""
+    fake.put("library/x", simple(fake.layout))
+    other, sent = fake.host.replace("127.0.0.1", "localhost"), []
+
+    def intercept(handler):
+        login = handler.headers.get("Authorization")
+        if handler.headers["Host"] == other:
+            sent.append(login)
+            return [handler.answer(401, b"", {"WWW-Authenticate": f'Bearer realm="http://{other}/token"'})]
+        if not login:
+            return [handler.answer(401, b"", {"WWW-Authenticate": 'Basic realm="x"'})]
+        return "/blobs/" in handler.path and [handler.answer(307, b"", {"Location": f"http://{other}/x"})]
+
+    fake.intercept = intercept
+    log_in(mocker, auths={fake.host: auth("me", "secret"), other: auth("me", "secret")})
+    done = quick("pull", "-q", f"{fake.host}/library/x")
+    assert (done.returncode, sent) == (125, [None]), done.stderr
+
+
+def test_a_wrong_password_is_sent_once_and_never_shown(mocker, quick, fake):
+    """More often, and an account may be locked."""
+    fake.intercept = lambda handler: [handler.answer(401, b"", {"WWW-Authenticate": 'Basic realm="x"'})]
+    folder = log_in(mocker, auths={fake.host: auth("me", "guess")})
+    done = quick("pull", "-q", f"{fake.host}/x")
+    assert done.returncode == 125 and "docker login" in done.stderr and len(fake.requests) == 2
+    for damaged in "secret\r\nX-Injected: yes", "secret\x00", "sécret":
+        (folder / "config.json").write_text(json.dumps({"auths": {fake.host: {"auth": damaged}}}))
+        done = quick("pull", "-q", f"{fake.host}/x")
+        assert done.returncode == 125 and "docker login" in done.stderr and "cret" not in done.stderr
 
 
 def test_netrc_is_left_alone(mocker, quick, hub):
