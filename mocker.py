@@ -279,154 +279,138 @@ class Reference:
         # A name that no file can have is cut, and told apart by its digest.
         return (name if len(name) < 200 else f"{name[:150]}~{digest_of(name.encode())[7:27]}") + ".json"
 
-def is_local(host):
-    """Plain http is for this machine, or where MOCKER_INSECURE=host[:port],… allows it."""
-    name = re.sub(r":\d+$", "", host)
-    allowed = {"localhost", "[::1]", *os.environ.get("MOCKER_INSECURE", "").split(",")}
-    return bool({name, host} & allowed) or re.fullmatch(r"127(\.\d+){3}", name, re.ASCII) is not None
+# This machine, which is asked by plain http, and through no proxy.
+LOOPBACK = re.compile(r"(localhost|\[::1\]|127(\.\d+){3})(:\d+)?", re.ASCII)
 
 class Registry:
-    """One repository of one registry: an HTTP session that answers the registry's challenges."""
+    """One repository of one registry, and the HTTP session in which it is asked."""
 
-    def __init__(self, reference, authorization=None):
+    def __init__(self, reference, authorization=None, attempts=ATTEMPTS):
         self.reference, self.session = reference, requests.Session()
-        self.base = f"{'http' if is_local(reference.host) else 'https'}://{reference.host}"
-        if reference.host == DOCKER_HUB:  # or a mirror of it
+        host, insecure = reference.host, os.environ.get("MOCKER_INSECURE", "").split(",")
+        plain = LOOPBACK.fullmatch(host) or host in insecure or re.sub(r":\d+$", "", host) in insecure
+        self.base = f"{'http' if plain else 'https'}://{host}"
+        if host == DOCKER_HUB:  # or a mirror of it
             self.base = os.environ.get("MOCKER_HUB", "https://registry-1.docker.io").rstrip("/")
         self.host = self.base.partition("//")[2].partition("/")[0]
-        if os.environ.get("SSL_CERT_FILE"):  # requests reads only its own name for it
-            os.environ["REQUESTS_CA_BUNDLE"] = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ["SSL_CERT_FILE"]
-        if is_local(self.host):  # no proxy leads to this machine
-            excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-            os.environ["no_proxy"] = f"{excepted},localhost,127.0.0.0/8,::1".strip(",")
-        self.session.max_redirects = 10
-        self.session.hooks["response"] = [self.check_response]
-        self.session.auth = lambda request: request  # without any, requests would look into ~/.netrc
-        self.session.rebuild_auth = self.strip_authorization
+        self.session.trust_env = False  # else requests sends the login of ~/.netrc to whoever it is
+        authorities = map(os.environ.get, ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE"))
+        self.session.verify = next(filter(None, authorities), True)
         # A digest is of the bytes as they are stored, so no compression on the way.
         self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity",
                                      "Authorization": authorization})
-        patience = urllib3.util.Retry(ATTEMPTS, read=1, redirect=0, status_forcelist=(500, 502, 503, 504),
-                                      backoff_factor=0.3, raise_on_status=False, respect_retry_after_header=False)
+        patience = urllib3.util.Retry(attempts, read=1, status_forcelist=(500, 502, 503, 504), backoff_factor=0.3,
+                                      raise_on_status=False, respect_retry_after_header=False)
         for scheme in "https://", "http://":
             self.session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=patience))
 
-    def strip_authorization(self, request, response):
-        """A redirect to another host takes no token along, and finds none in ~/.netrc."""
-        if self.session.should_strip_auth(response.request.url, request.url):
-            request.headers.pop("Authorization", None)
+    def get(self, path, method="GET", **headers):
+        """A path of the repository, or a whole address → the answer, not yet read; MockerError if there is none."""
+        address = url.urljoin(f"{self.base}/v2/{self.reference.repository}/", path)
+        try:
+            for _ in range(10):
+                response = self.send(address, method, headers)
+                challenge, wait = map(response.headers.get, ("WWW-Authenticate", "Retry-After"))
+                if response.status_code in (200, 206):
+                    return response
+                if response.status_code == 401 and challenge and "Authorization" not in headers:
+                    headers["Authorization"] = self.session.headers["Authorization"] = self.answer(challenge)
+                elif response.is_redirect:
+                    here, address = address, url.urljoin(address, self.session.get_redirect_target(response))
+                    if url.urlsplit(here)[:2] != url.urlsplit(address)[:2]:
+                        headers["Authorization"] = None  # another host gets no token, nor an answer to its challenge
+                elif response.status_code == 429 and re.fullmatch("[0-9]|10", wait or ""):
+                    time.sleep(int(wait))
+                else:
+                    break
+                response.raw.read(1 << 16)  # once it is read, the connection can be used again
+        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # whatever an odd address leads to
+            raise MockerError(f"{self.base} can't be reached ({root_cause(error)}): check the network, name "
+                              "a private CA's file in REQUESTS_CA_BUNDLE, or a mirror in MOCKER_HUB") from None
+        raise self.refusal(response)
 
-    def check_response(self, response, **_):
-        """Each response, redirects too: say it, and see whether its redirect may be followed."""
-        asked = url.urlsplit(response.url)
+    def send(self, address, method, headers):
+        """One request, told without its secrets; by https, unless the registry itself is asked by http."""
+        asked = url.urlsplit(address)
+        host = asked.netloc.rpartition("@")[2]
+        check(asked.scheme in ("https", url.urlsplit(self.base).scheme),
+              f"{self.base} sends to {asked.scheme}://{host}: only https is followed")
+        proxies = {} if LOOPBACK.fullmatch(host) else requests.utils.get_environ_proxies(address)
+        response = self.session.request(method, address, headers=headers, proxies=proxies, timeout=TIMEOUT,
+                                        allow_redirects=False, stream=True)
         shown = [part for part in asked.query.split("&") if re.match("(service|scope)=", part)]  # never a signature
         query = "?" + "&".join(shown or ["…"]) if asked.query else ""
-        say(f'"{response.request.method} {asked.scheme}://{asked.netloc.rpartition("@")[2]}{asked.path}{query} '
-            f'HTTP/1.1" {response.status_code} {response.headers.get("Content-Length", "-")}')
-        if response.is_redirect:
-            target = url.urlsplit(url.urljoin(response.url, response.headers["Location"]))
-            plain_is_fine = asked.scheme == "http" or is_local(target.netloc)
-            check(target.scheme == "https" or (target.scheme == "http" and plain_is_fine),
-                  f"{asked.netloc} redirects to {target.scheme}://{target.netloc}: only https is followed")
-
-    def ask(self, address, method="GET", **options):
-        """One request. A 429 that says to come back within ten seconds is waited for."""
-        for _ in range(ATTEMPTS):
-            response = self.session.request(method, address, timeout=TIMEOUT, **options)
-            wait = response.headers.get("Retry-After", "")
-            if response.status_code != 429 or not re.fullmatch("[0-9]|10", wait):
-                break
-            time.sleep(int(wait))
-        return response
-
-    def get(self, path, method="GET", **headers):
-        """GET, or HEAD, with a token if the registry's challenge asks for one. MockerError says what is wrong."""
-        try:
-            for _ in range(ATTEMPTS):  # without a token, with one that has expired, with a fresh one
-                address = f"{self.base}/v2/{self.reference.repository}/{path}"
-                response = self.ask(address, method, headers=headers, stream=True)
-                if response.status_code != 401 or "WWW-Authenticate" not in response.headers:
-                    break
-                self.answer(response.headers["WWW-Authenticate"])
-        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # whatever an odd address leads to
-            advice = "name your CA's file in REQUESTS_CA_BUNDLE" if "certificate" in str(error) else "check the network"
-            raise MockerError(f"{self.base} can't be reached ({root_cause(error)}): {advice}, "
-                              "or name a mirror in MOCKER_HUB") from None
-        if response.status_code not in (200, 206):
-            raise self.refusal(response)
+        say(f'"{method} {asked.scheme}://{host}{asked.path}{query} HTTP/1.1" {response.status_code} '
+            f'{response.headers.get("Content-Length", "-")}')
         return response
 
     def refusal(self, response):
         """A status that is no success → the line that says what to do."""
-        name, wait = self.reference, response.headers.get("Retry-After", "")[:40]
+        status, wait = response.status_code, response.headers.get("Retry-After", "")[:40]
         limit = re.fullmatch(r"(\d{1,9});w=(\d{1,9})", response.headers.get("ratelimit-limit", ""))
         allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
-        private = f"{name} is no such image, or it is private: docker login {self.host}"
-        advice = {401: private, 403: private, 404: f"no such image: {name}: check the name and the tag",
-                  429: f"too many pulls{allowed}, for all behind this address together: try again "
-                       f"{f'in {wait} s' if wait else 'later'}, docker login, or name a mirror in MOCKER_HUB"}
-        return MockerError(f"{self.base} answers {response.status_code} {response.reason[:100]}: "
-                           + advice.get(response.status_code, f"{self.reference} can't be had now, try again later"))
+        advice = f"{self.reference} can't be had now, try again later"
+        if status in (401, 403, 404):  # which of them it is depends on the registry, not on the reason
+            advice = (f"no such image: {self.reference}: check the name and the tag, or if it is private, "
+                      f"docker login {self.host}")
+        elif status == 429:
+            advice = (f"too many pulls{allowed}, for all behind this address together: try again "
+                      f"{f'in {wait} s' if wait else 'later'}, docker login, or name a mirror in MOCKER_HUB")
+        elif response.is_redirect:
+            advice = f"its redirects have no end: {self.reference} is not to be had there"
+        return MockerError(f"{self.base} answers {status} {response.reason[:100]}: {advice}")
 
     def answer(self, challenge):
-        """WWW-Authenticate (RFC 9110 §11.6.1) → an Authorization header that satisfies it."""
+        """WWW-Authenticate (RFC 9110 §11.6.1) → an Authorization that satisfies it; a token may expire in mid-pull."""
         prove("the registry's challenge", challenge)
-        credentials = find_credentials(DOCKER_HUB if self.host == "registry-1.docker.io" else self.host)
-        if challenge.lower().startswith("bearer "):
-            asked = re.findall(r'(\w+)=(?:"([^"]+)"|([^\s",]+))', challenge)
-            answer = "Bearer " + self.fetch_token({key: quoted or bare for key, quoted, bare in asked}, credentials)
-        else:
-            check(credentials, f"{self.host} wants a name and a password: docker login {self.host}")
-            answer = "Basic " + base64.b64encode(":".join(credentials).encode()).decode()
-        self.session.headers["Authorization"] = answer
-
-    def fetch_token(self, asked, credentials):
-        """From the realm, a token that allows this pull and no more. It may expire in mid-pull."""
-        realm, scope = asked.get("realm", ""), f"repository:{self.reference.repository}:pull"
-        check(realm.startswith("https://") or realm.startswith("http://") and self.base.startswith("http://"),
-              f"{self.host} sends to '{realm}' for a token: only https is asked")
-        wanted = {"service": asked.get("service"), "scope": scope}
-        response = self.ask(realm, params=wanted, auth=credentials, headers={"Authorization": None})
-        if response.status_code != 200:
-            raise self.refusal(response)
-        body = parse_json(response.content, {"token?": TEXT, "access_token?": TEXT}, "the token")
-        token = body.get("token") or body.get("access_token") or ""
-        check(re.fullmatch(r"[\x21-\x7e]+", token), f"{realm} gives a token that no header can hold: try again later")
+        login = find_login("https://index.docker.io/v1/" if self.host == "registry-1.docker.io" else self.host)
+        if not challenge.lower().startswith("bearer "):
+            check(login, f"{self.host} wants a name and a password: docker login {self.host}")
+            return login
+        asked = requests.utils.parse_dict_header(challenge.partition(" ")[2])
+        wanted = {"service": asked.get("service"), "scope": f"repository:{self.reference.repository}:pull"}
+        realm = requests.Request("GET", asked.get("realm", ""), params=wanted).prepare().url
+        raw = self.get(realm, Authorization=login).raw.read(MANIFEST_LIMIT)
+        body = parse_json(raw, {}, "the token")
+        token = str(body.get("token") or body.get("access_token") or "")
+        check(re.fullmatch(r"[\x21-\x7e]+", token), f"{self.host} gives a token that can be none: try again later")
         with contextlib.suppress(ValueError, IndexError):
             prove("the token's claims, decoded", base64.urlsafe_b64decode(token.split(".")[1] + "==").decode())
-        return token
+        return f"Bearer {token}"
 
 def root_cause(error):
     """The innermost reason in a chain of libraries' errors, in a few words."""
-    while getattr(error, "args", None) and isinstance(error.args[-1], BaseException):
+    while error.args and isinstance(error.args[-1], BaseException):
         error = error.args[-1]
     error = getattr(error, "reason", error)
     return (str(error).rpartition("): ")[2] or type(error).__name__)[:150]
 
-def find_credentials(host):
-    """(user, password) from docker's ~/.docker/config.json or the helper that it names, or None."""
+def find_login(server):
+    """From docker's ~/.docker/config.json, or the helper that it names → an Authorization, or None."""
     what, folder = "~/.docker/config.json", os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
     try:
-        with open(os.path.join(folder, "config.json")) as file:
-            config = parse_json(file.read(), {"auths?": dict, "credHelpers?": dict, "credsStore?": TEXT}, what)
+        raw = read_file(os.path.join(folder, "config.json"))
     except OSError:
         return None
+    config = parse_json(raw, {"auths?": dict, "credHelpers?": dict, "credsStore?": TEXT}, what)
 
-    def entry(key):  # docker has written host, https://host and https://host/v1/
-        entries = (config.get(key) or {}).items()
-        found = {re.sub("^https?://", "", name).partition("/")[0]: value for name, value in entries}
-        return found.get("index.docker.io" if host == DOCKER_HUB else host)
+    def host(name):  # docker has written host, https://host and https://host/v1/
+        return re.sub("^https?://", "", name).partition("/")[0]
+
+    def entry(key):
+        return {host(name): value for name, value in (config.get(key) or {}).items()}.get(host(server))
 
     helper = entry("credHelpers") or config.get("credsStore")
     if helper:
-        server = "https://index.docker.io/v1/" if host == DOCKER_HUB else host
         answer = ask_tool([f"docker-credential-{helper}", "get"], server) or "{}"
-        found = parse_json(answer, {"Username?": TEXT, "Secret?": TEXT}, f"docker-credential-{helper}")
-        return (found["Username"], found["Secret"]) if "Secret" in found else None
-    with explained(ValueError, f"the entry of {host} in {what} is damaged: docker login {host}"):
-        auth = check_shape(entry("auths") or {}, {"auth?": TEXT}, f"the entry of {host} in {what}").get("auth") or ""
-        user, colon, password = base64.b64decode(auth).decode().partition(":")
-    return (user, password) if colon else None
+        found = parse_json(answer, {}, f"docker-credential-{helper}")
+        pair = f"{found.get('Username')}:{found['Secret']}" if "Secret" in found else ""
+        login = base64.b64encode(pair.encode()).decode()
+    else:
+        with explained((TypeError, ValueError), f"the entry of {server} in {what} is damaged: docker login {server}"):
+            login = dict(entry("auths") or {}).get("auth") or ""
+            base64.b64decode(login, validate=True)
+    return f"Basic {login}" if login else None
 
 def run_tool(command):
     """Another program, told as a command once it has done it → its output; None if it is not there or refuses."""
@@ -454,8 +438,7 @@ def check_shape(value, shape, what):
     """`value`, if it is as the spec says: {"key": shape}, [shape], a type or a pattern. Nothing is guessed at."""
     kind = str if isinstance(shape, re.Pattern) else shape if isinstance(shape, type) else type(shape)
     names = {dict: "an object", list: "a list", str: "valid text", int: "a number"}
-    check(isinstance(value, kind) and not isinstance(value, bool) and not (kind is int and value < 0)
-          and not (kind is str and not shape.fullmatch(value)),
+    check(type(value) is kind and (kind is not int or value >= 0) and (kind is not str or shape.fullmatch(value)),
           f"{what} should be {names[kind]}, not {str(value)[:80]}: this image is broken, or it is no image")
     for key, inner in shape.items() if isinstance(shape, dict) else ():
         name = key.rstrip("?")
@@ -502,14 +485,14 @@ def choose_platform(index, wanted, what):
         platform = entry.get("platform") or {}
         name = "/".join(platform[key] for key in ("os", "architecture", "variant") if platform.get(key))
         if not name.startswith("unknown"):
-            there.setdefault(name, entry["digest"])
+            there.setdefault(re.sub("arm64$", "arm64/v8", name), entry["digest"])
     older = [re.sub("v[67]$", f"v{n}", wanted) for n in (6, 5) if wanted.startswith("linux/arm/")]
-    for name in (wanted, f"{wanted}/v8", re.sub("/v8$", "", wanted), *older, ""):
+    for name in (re.sub("arm64$", "arm64/v8", wanted), *older, ""):
         if name in there:
             prove(f"the index's platforms: {', '.join(there)}; chosen", name)
             return there[name]
-    others = ", ".join(sorted(there)) or "none"
-    raise MockerError(f"{what} is not there for {wanted}, only for {others}: try --platform=…")
+    raise MockerError(f"{what} is not there for {wanted}, only for {', '.join(sorted(there)) or 'none'}: "
+                      "try --platform=…")
 
 @step()
 def find_manifest(registry, platform):
@@ -561,7 +544,7 @@ def fetch_blob(registry, blob, partial, received=lambda count: None):
                     received(file.tell())
                     if file.tell() > size:
                         break
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            except urllib3.exceptions.HTTPError as error:
                 say(f"the connection dropped at byte {file.tell()} ({root_cause(error)}); going on")
             idle = idle + 1 if file.tell() <= offset else 0
         check(file.tell() == size, f"{digest[:15]}… has {file.tell()} bytes, not {size}: pull again")
@@ -2632,98 +2615,94 @@ def serve(arguments):
       --listen=ADDRESS  who may ask: 127.0.0.1 only this machine, 0.0.0.0 anyone [default: 127.0.0.1]
     """
     address, port = arguments["--listen"], arguments["--port"]
-    check(re.fullmatch("[0-9]{1,5}", port) and int(port) < 65535,
-          f"invalid port '{port}': write a number up to 65534, the next one is used, too")
-    with explained(OSError, f"can't listen on {address}:{port}: {{}}; choose another with --port"):
-        cdn = make_server(address, int(port) and int(port) + 1, serve_blob)
-        registry = make_server(address, int(port), serve_registry)
-    registry.cdn_port = cdn.server_port
-    registry.key = cdn.key = os.urandom(16)
+    # Put together only here, since it takes a while to import http.server.
+    handler = type("Handler", (Answers, http_server.BaseHTTPRequestHandler), {"key": os.urandom(16)})
+    with explained((OSError, ValueError, OverflowError), f"can't listen on {address}:{port} and the next port: {{}}; "
+                   "choose another with --port"):
+        registry = http_server.ThreadingHTTPServer((address, int(port)), handler)
+        cdn = http_server.ThreadingHTTPServer((address, int(port) and int(port) + 1), handler)
+    handler.cdn_port = cdn.server_port
     say(f"Serving {len(all_images())} images: MOCKER_HUB=http://{address}:{registry.server_port} mocker pull …")
-    threading.Thread(target=cdn.serve_forever, daemon=True).start()
-    registry.serve_forever()
+    for server in registry, cdn:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    signal.pause()  # here, since http.server takes any exception, a signal's too, for a fault in a request
 
-def make_server(address, port, answer):
-    """A threaded HTTP/1.1 server whose GET and HEAD are answer(request, path, query)."""
-    class Request(http_server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Answers:
+    """To GET and HEAD, at both ports. A token, or a signed address, is one that only we can have signed."""
 
-        def do_GET(self):
-            try:
-                asked = url.urlsplit(self.path)
-                answer(self, asked.path, dict(url.parse_qsl(asked.query)))
-            except (MockerError, FileNotFoundError, TypeError, ValueError):  # the store has lost it, or it is none
-                refuse(self, 404, "BLOB_UNKNOWN")
+    protocol_version = "HTTP/1.1"
 
-        do_HEAD = do_GET
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        query = dict(url.parse_qsl(query))
+        asked = re.fullmatch(r"/v2/(?:(.+)/(manifests|blobs)/([^/]+))?", path)
+        try:
+            if path == "/token":
+                self.reply(200, {"token": self.sign(f"token {query.get('scope', '')}"), "expires_in": 300})
+            elif asked:
+                self.answer(*asked.groups(""))
+            elif query.get("Signature") == self.sign(f"blob {path[1:]}"):
+                self.send_blob(path[1:], "application/octet-stream")
+            else:
+                self.refuse(403, "DENIED")
+        except (MockerError, FileNotFoundError):  # the store has lost it
+            self.refuse(404, "BLOB_UNKNOWN")
 
-        def log_message(self, text, *values):
-            say(f"{self.client_address[0]} {self.requestline.partition('?')[0]}")
+    do_HEAD = do_GET
 
-    class Server(http_server.ThreadingHTTPServer):
-        def handle_error(self, *_):
-            """A client that hangs up, or never spoke HTTP, is no news."""
-            if not isinstance(sys.exc_info()[1], (ConnectionError, UnicodeError)):
-                raise
+    def answer(self, repository, kind, name):
+        """With a token for the repository: its manifests, and at which address of the CDN its blobs are."""
+        scope, host = f"repository:{repository}:pull", self.headers.get("Host", "localhost")
+        if self.headers.get("Authorization") != f"Bearer {self.sign(f'token {scope}')}":
+            challenge = f'Bearer realm="http://{host}/token",service="mocker",scope="{scope}"'
+            return self.refuse(401, "UNAUTHORIZED", WWW_Authenticate=challenge)
+        if not kind:  # /v2/ itself: is this a registry?
+            return self.reply(200, {})
+        for image in [one for one in all_images() if repository in (one.name, one.name.partition("/")[2])]:
+            index = image.stored.get("index") or image.stored
+            named = {image.version: image.stored, image.stored["digest"]: image.stored, index["digest"]: index}
+            if kind == "manifests" and name in named:
+                return self.send_blob(named[name]["digest"], named[name]["mediaType"])
+            if kind == "blobs" and name in [blob["digest"] for blob in image.blobs]:
+                cdn = f"http://{host.rpartition(':')[0] or host}:{self.cdn_port}"
+                return self.reply(307, {}, Location=f"{cdn}/{name}?Signature={self.sign(f'blob {name}')}")
+        return self.refuse(404, f"{kind.upper()[:-1]}_UNKNOWN")
 
-    return Server((address, port), Request)
+    def send_blob(self, digest, kind):
+        """Or the rest of it, from a Range on."""
+        wanted = re.fullmatch(r"bytes=(\d{1,18})-", self.headers.get("Range", ""))
+        with open(blob_path(digest), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.seek(min(int(wanted[1]), size) if wanted else 0)
+            part = {"Content_Range": f"bytes {start}-{size - 1}/{size}"} if wanted else {}
+            self.reply(206 if wanted else 200, file, size - start,
+                       Content_Type=kind, Docker_Content_Digest=digest, **part)
 
-def reply(request, status, body=b"", kind="application/json", size=None, **headers):
-    """Status, headers and, unless it is a HEAD, the body: a document, bytes, or an open file."""
-    body = json.dumps(body).encode() if isinstance(body, dict) else body
-    request.send_response(status)
-    for name, value in {"Content_Type": kind, "Content_Length": len(body) if size is None else size, **headers}.items():
-        request.send_header(name.replace("_", "-"), value)
-    request.end_headers()
-    if request.command != "HEAD":
-        request.wfile.write(body) if size is None else shutil.copyfileobj(body, request.wfile)
+    def sign(self, text):
+        return hmac.new(self.key, text.encode(), "sha256").hexdigest()
 
-def refuse(request, status, code, **headers):
-    """The error document of the distribution spec."""
-    reply(request, status, {"errors": [{"code": code, "message": code.lower()}]}, **headers)
+    def refuse(self, status, code, **headers):
+        """The error document of the distribution spec."""
+        self.reply(status, {"errors": [{"code": code, "message": code.lower()}]}, **headers)
 
-def sign(server, text):
-    """A signature that only we can make, for one purpose: a token is none for a blob."""
-    return hmac.new(server.key, text.encode(), "sha256").hexdigest()
+    def reply(self, status, body, size=None, **headers):
+        """Status, headers and, unless it is a HEAD, the body: a document, or an open file."""
+        if size is None:
+            raw = json.dumps(body).encode()
+            body, size = io.BytesIO(raw), len(raw)
+        self.send_response(status)
+        for name, value in {"Content_Type": "application/json", "Content_Length": size, **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            shutil.copyfileobj(body, self.wfile)
 
-def serve_registry(request, path, query):
-    """/token gives a token; /v2/… wants it, serves manifests, and sends blobs to the CDN."""
-    server, host = request.server, request.headers.get("Host", "localhost")
-    if path == "/token":
-        return reply(request, 200, {"token": sign(server, f"token {query.get('scope', '')}"), "expires_in": 300})
-    found = re.fullmatch(r"/v2/(.+)/(manifests|blobs)/([^/]+)", path)
-    scope = f"repository:{found[1]}:pull" if found else ""
-    if request.headers.get("Authorization") != f"Bearer {sign(server, f'token {scope}')}":
-        challenge = f'Bearer realm="http://{host}/token",service="mocker"' + (f',scope="{scope}"' if scope else "")
-        more = {"WWW_Authenticate": challenge, "Docker_Distribution_Api_Version": "registry/2.0"}
-        return refuse(request, 401, "UNAUTHORIZED", **more)
-    if not found:
-        return reply(request, 200 if path == "/v2/" else 404, {})
-    images, name = [image for image in all_images() if found[1] in (image.name, image.name.partition("/")[2])], found[3]
-    if found[2] == "manifests":
-        for image in images:
-            if name in (image.version, image.stored["digest"]):
-                digest = name if DIGEST.fullmatch(name) else image.stored["digest"]  # also that of its index
-                raw = read_blob(digest)
-                kind = json.loads(raw).get("mediaType") or image.stored["mediaType"]
-                return reply(request, 200, raw, kind, Docker_Content_Digest=digest)
-        return refuse(request, 404, "MANIFEST_UNKNOWN")
-    if not any(name == blob["digest"] for image in images for blob in image.blobs):
-        return refuse(request, 404, "BLOB_UNKNOWN")
-    cdn = f"http://{host.rpartition(':')[0] or host}:{server.cdn_port}"
-    return reply(request, 307, Location=f"{cdn}/{name}?Signature={sign(server, f'blob {name}')}")
+    def log_message(self, *_):
+        say(f"{self.client_address[0]} {self.requestline.partition('?')[0]}")
 
-def serve_blob(request, path, query):
-    """The CDN: whoever has a signed address gets the blob, or the rest of it from a Range on."""
-    digest = path[1:]
-    if not DIGEST.fullmatch(digest) or query.get("Signature") != sign(request.server, f"blob {digest}"):
-        return refuse(request, 403, "DENIED")
-    with open(blob_path(digest), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        wanted = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
-        start = file.seek(min(int(wanted[1]), size) if wanted else 0)
-        partial = {"Content_Range": f"bytes {start}-{size - 1}/{size}"} if wanted else {}
-        return reply(request, 206 if wanted else 200, file, "application/octet-stream", size - start, **partial)
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # a client that hangs up is no news
+            super().handle()
 
 # ═══ Life after run ══════════════════════════════════════════════════════════════════════════════
 
@@ -2736,10 +2715,13 @@ def doctor(arguments):
     status, story.level = 0, QUIET
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, signal.SIG_DFL)  # else what stops us would look like one more finding
-    for look in (look_at_kernel, look_at_root, look_at_packages, try_namespaces, try_overlay, look_at_cgroup,
-                 try_firewall, look_at_subnet, ask_hub, look_for_leftovers):
+    trials = try_namespaces, try_overlay, try_firewall
+    for look in (look_at_kernel, look_at_root, look_at_packages, *trials, look_at_cgroup, look_at_subnet,
+                 look_for_leftovers, look_at_hub):
         try:
-            verdict, found = "ok", look()
+            if look in trials:
+                need_root("to try that")
+            verdict, found = "ok", in_a_worker(look) if look in trials else look()
         except MockerError as error:
             verdict, found = "LACKS" if error.status else "warn", error
         status = status or int(verdict == "LACKS")
@@ -2747,6 +2729,11 @@ def doctor(arguments):
         if status and look is look_at_kernel:
             break  # the others look at Linux
     return status
+
+def in_a_worker(look):
+    """In a process with mounts of its own, so that nothing is left; and within ten seconds."""
+    with workers(1) as pool, explained((futures.TimeoutError, ImportError, OSError), "{}: network, packages, disk?"):
+        return pool.submit(look).result(10)
 
 def look_at_kernel():
     """open_tree(2) came with Linux 5.2, pidfd_open(2) with 5.3."""
@@ -2764,27 +2751,11 @@ def look_at_packages():
     check(not missing, f"{', '.join(missing)} missing: pip install -r requirements.txt")
     return ", ".join(names)
 
-def try_in_a_worker(function):
-    """In a process with namespaces of its own, so that nothing is left; and within ten seconds."""
-    with workers(1) as pool, explained((futures.TimeoutError, ImportError, OSError), "{}: network, packages, disk?"):
-        return pool.submit(function).result(10)
-
-def need_trial():
-    check("SYS_ADMIN" in capabilities_of("CapEff"), "can't be tried without root: sudo …")
-
 def try_namespaces():
-    need_trial()
-    return try_in_a_worker(leave_all_namespaces)
-
-def leave_all_namespaces():
     unshare(CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP, ["all"])
     return "mount, uts, ipc, pid, net, cgroup"
 
 def try_overlay():
-    need_trial()
-    return try_in_a_worker(mount_an_overlay)
-
-def mount_an_overlay():
     need_disk()
     with partial_directory() as directory, explained(MockerError, "{}: modprobe overlay, or move MOCKER_HOME"):
         os.mkdir(f"{directory}/layer")
@@ -2792,28 +2763,27 @@ def mount_an_overlay():
         unmount(f"{directory}/rootfs")
     return f"works in {HOME}"
 
-def look_at_cgroup():
-    version, wanted = cgroup_version(), {"memory", "pids", "cpu"}
-    check(version, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
-    there = read_kernel_file(f"{CGROUP}/cgroup.controllers").split() if version == 2 else os.listdir(CGROUP)
-    if wanted - {*there}:
-        raise MockerError(f"v{version}, without {', '.join(wanted - {*there})}: that can't be limited; try "
-                          "cgroup_enable=memory on the kernel's command line", status=0)
-    return f"v{version}, with memory, pids, cpu"
-
 def try_firewall():
-    tool = try_in_a_worker(masquerade) if "NET_ADMIN" in capabilities_of("CapEff") else None
-    if not tool:
-        raise MockerError("neither nft nor iptables works: a container reaches this machine, but not beyond, and no "
-                          "port is published: apt install nftables, as root", status=0)
-    return tool
-
-def masquerade():
     """In a network of its own: that nft can list its tables does not say that this kernel has NAT."""
     unshare(CLONE_NEWNET, ["net"])
     rules = [("postrouting", "masquerade", "-j MASQUERADE")]
-    iptables = (tool for tool in IPTABLES if add_iptables(tool, "mocker", rules))
-    return "nft" if add_nft("mocker", rules) else next(iptables, None)
+    if add_nft("mocker", rules):
+        return "nft"
+    for tool in IPTABLES:
+        if add_iptables(tool, "mocker", rules):
+            return tool
+    raise MockerError("neither nft nor iptables works: a container reaches this machine, but not beyond, and no "
+                      "port is published: apt install nftables", status=0)
+
+def look_at_cgroup():
+    version = cgroup_version()
+    check(version, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+    there = read_kernel_file(f"{CGROUP}/cgroup.controllers").split() if version == 2 else os.listdir(CGROUP)
+    missing = {"memory", "pids", "cpu"} - {*there}
+    if missing:
+        raise MockerError(f"v{version}, without {', '.join(missing)}: that can't be limited; try "
+                          "cgroup_enable=memory on the kernel's command line", status=0)
+    return f"v{version}, with memory, pids, cpu"
 
 def look_at_subnet():
     routes = read_routes()
@@ -2823,27 +2793,25 @@ def look_at_subnet():
         raise MockerError(f"{SUBNETS[0]}.0/24 is in use here: run takes {free_subnet(routes)}.0/24", status=0)
     return f"{SUBNETS[0]}.0/24 is free"
 
-def ask_hub():
-    try:
-        return try_in_a_worker(ask_for_hello_world)
-    except MockerError as error:
-        there = len(all_images())
-        raise MockerError(f"{error}; {there} images are here", status=error.status if not there else 0) from None
-
-def ask_for_hello_world():
-    """By HEAD, which does not count as a pull; once, and no second time."""
-    registry = Registry(Reference("hello-world"))
-    for scheme in "https://", "http://":
-        registry.session.mount(scheme, requests.adapters.HTTPAdapter())
-    answer = registry.get("manifests/latest", "HEAD", Accept=", ".join(MANIFEST_TYPES + INDEX_TYPES))
-    left = answer.headers.get("ratelimit-remaining", "").partition(";")[0]
-    check(left != "0", f"{registry.base} has no pulls left for this address: docker login, or mocker serve next door")
-    return f"{registry.base} answers" + (f", {left} pulls are left" if left else "")
-
 def look_for_leftovers():
     there, running = all_containers() if os.geteuid() == 0 else [], container_ids()
     return (f"{len(running)} containers run, {len(there) - len(running)} that have ended are kept "
             "(mocker clean --containers)")
+
+def look_at_hub():
+    try:
+        return in_a_worker(ask_hub)
+    except MockerError as error:
+        there = len(all_images())
+        raise MockerError(f"{error}; {there} images are here", status=0 if there else 125) from None
+
+def ask_hub():
+    """By HEAD, which does not count as a pull; once, and no second time."""
+    registry = Registry(Reference("hello-world"), attempts=0)
+    answer = registry.get("manifests/latest", "HEAD", Accept=", ".join(MANIFEST_TYPES + INDEX_TYPES))
+    left = answer.headers.get("ratelimit-remaining", "").partition(";")[0]
+    check(left != "0", f"{registry.base} has no pulls left for this address: docker login, or mocker serve next door")
+    return f"{registry.base} answers" + (f", {left} pulls are left" if left else "")
 
 # ── The slide: what each part gives ────────────────────────────────────────────────────────────────
 
@@ -3113,32 +3081,28 @@ def looks(path):
 COMMANDS = {command.__name__: command for command in (
     pull, images, run, inspect, diff, compare, serve, verify, doctor, clean)}
 
-def usage_of(function):
+def dispatch(argv):
     """A command's docstring is its usage, for docopt as for you."""
-    return re.sub(r"\n {4}", "\n", function.__doc__).strip()
-
-def parse_arguments(argv):
-    """→ (the command's function, docopt's dict), or SystemExit once what was asked for is printed."""
-    usage = __doc__[__doc__.index("Usage:") : __doc__.index("\n\nTry")]
-    if argv[:1] in (["help"], ["-h"], ["--help"]):
-        raise SystemExit(print(__doc__[__doc__.index("Usage:") :].strip()))
-    if argv[:1] == ["--version"]:
-        raise SystemExit(print(f"mocker {__version__}"))
-    if argv == ["doctor"]:  # which must be able to say that docopt is missing
-        return doctor, {}
-    if argv and argv[0] in COMMANDS:
-        function = COMMANDS[argv[0]]
-        if argv[1:2] in (["-h"], ["--help"]):
-            raise SystemExit(print(usage_of(function)))
-        # docopt stops at the first word that is no option, so that `ls -l` can follow `run busybox`;
-        # the command's own name must not be that word.
-        usage = usage_of(function)
-        plain = usage.replace(f"mocker {argv[0]}", "mocker")
-        with contextlib.suppress(docopt.DocoptExit):
-            return function, docopt.docopt(plain, argv[1:], False, options_first=function is run)
-        usage = usage[usage.index("Usage:") :]
-    print(usage, file=sys.stderr)
-    raise SystemExit(125 if argv else 1)
+    name, *words = argv or [""]
+    function = COMMANDS.get(name)
+    usage = re.sub(r"\n {4}", "\n", function.__doc__) if function else __doc__[__doc__.index("Usage:") :]
+    if name == "--version":
+        return print(f"mocker {__version__}")
+    if name in ("help", "-h", "--help") or (function and words[:1] in (["-h"], ["--help"])):
+        return print(usage.strip())
+    try:
+        if not function:
+            raise docopt.DocoptExit
+        # docopt takes no options after the first word that is none, so that `ls -l` can follow `run busybox`;
+        # the command's own name must not be that word. doctor must be able to say that docopt is missing.
+        plain = usage.replace(f"mocker {name}", "mocker")
+        arguments = {} if argv == ["doctor"] else docopt.docopt(plain, words, False, options_first=function is run)
+    except docopt.DocoptExit:
+        print(usage[usage.index("Usage:") :].partition("\n\nTry")[0].strip(), file=sys.stderr)
+        return 125 if argv else 1
+    set_story(arguments)
+    sweep()
+    return function(arguments)
 
 def interrupted(number, frame):
     """Ctrl-C or SIGTERM before the container runs: undo what was done so far, then end."""
@@ -3170,15 +3134,9 @@ def main():
     while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed, as cron may do: nothing else may take its number
     os.close(handle)
-    function, arguments = parse_arguments(argv)
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, interrupted)
-    sys.exit(guarded(execute_command, function, arguments))
-
-def execute_command(function, arguments):
-    set_story(arguments)
-    sweep()
-    return function(arguments)
+    sys.exit(guarded(dispatch, argv))
 
 if __name__ == "__main__":
     main()

@@ -129,7 +129,8 @@ def test_every_step_has_its_heading_and_is_told_as_explained(run, store):
 def test_what_the_image_says_is_no_shell(image, run, by_hand):
     """Whatever stands in its config, or in its names, is quoted."""
     touch = "touch /tmp/mocker-was-here"
-    name = image({"Env": [f"A=$({touch})`{touch}`", f"B=x\n {touch}", f"C=';{touch};'", f"D=\nINSIDE_0\n{touch}\nINSIDE_1\n{touch}"],
+    name = image({"Env": [f"A=$({touch})`{touch}`", f"B=x\n {touch}", f"C=';{touch};'",
+                          f"D=\nINSIDE_0\n{touch}\nINSIDE_1\n{touch}"],
                   "Cmd": ["sh", "-c", "env | grep -A1 '^[ABC]'"], "WorkingDir": f"/$({touch})"})
     assert by_hand(name).stdout == run("--rm", name).stdout
     assert not os.path.exists("/tmp/mocker-was-here")

@@ -399,6 +399,13 @@ def test_the_proxy_is_not_asked_for_this_machine(pull, fake, proxy):
     assert (done.returncode, proxy[1]) == (0, []), done.stderr
 
 
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+def test_hosts_that_the_proxy_is_not_for(name, quick, home, proxy):
+    env = {"HTTPS_PROXY": proxy[0], name: "other.invalid,registry.invalid"}
+    refused(quick("pull", "-q", "registry.invalid/x", env=env), home)
+    assert proxy[1] == []
+
+
 def test_a_host_name_that_can_not_be(quick, home):
     """Its label is too long for the DNS, so that is never asked."""
     refused(quick("pull", "-q", f"{'a' * 64}.invalid/x"), home)

@@ -1,14 +1,10 @@
 """The images and registries that the other tests stand on."""
 
-import contextlib
 import json
 import subprocess
-import time
 import urllib.error
 import urllib.request
 
-import images
-import oracle
 import pytest
 
 HELLO = "/v2/library/hello-world/manifests/latest"
@@ -84,73 +80,3 @@ def test_number_of_layers(registry, name, layers):
     source = f"docker://{registry.host}/library/{name}"
     described = json.loads(output("skopeo", "inspect", "--tls-verify=false", source))
     assert len(described["Layers"]) == layers
-
-
-# Each server runs under runc, which knows nothing of mocker, and is asked over the loopback
-# interface of its own network namespace.
-
-ASK = """
-exec 3<>/dev/tcp/127.0.0.1/{port}
-printf '{question}' >&3
-timeout 5 dd bs=64k count=1 status=none <&3
-"""
-
-CAPABILITIES = [
-    "CAP_AUDIT_WRITE",
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SETUID",
-    "CAP_SYS_CHROOT",
-]
-
-
-@contextlib.contextmanager
-def running_under_runc(name, bundle):
-    """Run the image as its config says; gives the pid and the config."""
-    layout = images.image(name)
-    [latest] = json.loads((layout / "index.json").read_text())["manifests"]
-    image = images.read_blob(layout, images.read_blob(layout, latest)["config"])["config"]
-    config = json.loads((bundle / "config.json").read_text())
-    sets = dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES)
-    config["process"].update(terminal=False, rlimits=[], env=image["Env"], capabilities=sets)
-    (bundle / "config.json").write_text(json.dumps(config))
-
-    runc, pid = ["runc", "--root", bundle / "state"], bundle / "pid"
-    start = [*runc, "run", "--bundle", bundle, "--pid-file", pid, f"mocker-tests-{name}"]
-    process = subprocess.Popen([*map(str, start)], stdin=subprocess.DEVNULL)
-    try:
-        while not pid.exists() and process.poll() is None:
-            time.sleep(0.05)
-        yield pid.read_text(), image
-    finally:
-        output(*runc, "delete", "--force", f"mocker-tests-{name}")
-        process.wait(20)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "port", "question", "answer"),
-    [
-        ("tomcat", 8080, r"GET / HTTP/1.0\r\n\r\n", "It works"),
-        ("rabbitmq", 5672, r"AMQP\0\0\x09\x01", "publisher_confirms"),
-        ("nginx", 80, r"GET / HTTP/1.0\r\n\r\n", "Welcome to nginx!"),
-        ("redis", 6379, r"PING\r\n", "+PONG"),
-        ("postgres", 5432, r"\0\0\0\x08\x04\xd2\x16\x2f", "N"),  # SSL? No.
-    ],
-)
-def test_servers(name, port, question, answer):
-    ask = ["bash", "-c", ASK.format(port=port, question=question)]
-    with oracle.unpacked(images.image(name)) as bundle, running_under_runc(name, bundle) as (pid, image):
-        assert f"{port}/tcp" in image["ExposedPorts"]
-        deadline = time.monotonic() + 60
-        said = b""
-        while answer.encode() not in said and time.monotonic() < deadline:
-            time.sleep(0.2)
-            said = subprocess.run(["nsenter", "-t", pid, "-n", *ask], check=False, capture_output=True).stdout
-    assert answer.encode() in said

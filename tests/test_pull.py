@@ -230,7 +230,7 @@ def test_a_terminal_gets_a_progress_bar(mocker, fake):
     name = fake.put("x", simple(fake.layout, os.urandom(1 << 20)))
 
     def slowly(handler):
-        time.sleep("/blobs/" in handler.path)
+        time.sleep(0.6 * ("/blobs/" in handler.path))
 
     fake.intercept = slowly
     ours, its = pty.openpty()
@@ -261,18 +261,20 @@ CHALLENGES = [
 
 
 def wants_token(fake, challenge=CHALLENGES[0], answer=None, good_for=99):
-    """Let the fake demand a token, good for so many requests; → the addresses at which one was asked for."""
-    asked, left = [], [0]
+    """Let the fake demand a token, each good for so many requests; → the addresses at which one was asked for."""
+    asked, left = [], {TOKEN: good_for}
 
     def intercept(handler):
+        token = handler.headers.get("Authorization", "").partition(" ")[2]
         if handler.path.startswith("/token"):
             asked.append(handler.path)
-            left[0] = good_for
-            handler.answer(200, json.dumps(answer or {"token": TOKEN}).encode())
-        elif handler.headers.get("Authorization") != f"Bearer {TOKEN}" or left[0] == 0:
+            another = f"{TOKEN}{len(asked)}"
+            left[another] = good_for
+            handler.answer(200, json.dumps(answer or {"token": another}).encode())
+        elif left.get(token, 0) == 0:
             handler.answer(401, b"{}", {"WWW-Authenticate": challenge.replace("URL", fake.url)})
         else:
-            left[0] -= 1
+            left[token] -= 1
             return False
         return True
 
@@ -314,13 +316,21 @@ def test_the_hubs_token(field, quick, hub, monkeypatch):
 def test_a_token_that_expires_in_mid_pull(quick, hub, monkeypatch):
     """The config takes longer than the token lives, so the layer needs another one."""
     monkeypatch.setattr(hub, "token_seconds", 2)
-    monkeypatch.setattr(
-        hub, "intercept", lambda handler: time.sleep(2.1 * (handler.service == "cdn" and not late.append(1)))
-    )
     late, before = [], len(hub.tokens)
+    monkeypatch.setattr(
+        hub, "intercept", lambda handler: handler.service == "cdn" and not late and late.append(time.sleep(2.1))
+    )
     done = quick("pull", "hello-world", env={"MOCKER_HUB": hub.url, "MOCKER_TIMEOUT": "10"})
     assert done.returncode == 0, done.stderr
     assert len(hub.tokens) - before == 2
+
+
+def test_a_token_that_is_refused_is_the_last(quick, fake):
+    """As Docker Hub gives one to anybody for an image that is not there."""
+    asked = wants_token(fake, good_for=0)
+    done = quick("pull", "-q", "x", env={"MOCKER_HUB": fake.url})
+    assert done.returncode == 125 and "401" in done.stderr
+    assert len(asked) == 1 and len(fake.requests) == 3
 
 
 @pytest.mark.parametrize("good_for", [1, 2, 3])
@@ -444,6 +454,38 @@ def test_a_mirror_never_gets_the_login_of_docker_hub(challenge, mocker, quick, f
     ]
     assert quick("pull", "x", env={"MOCKER_HUB": fake.url}).returncode == 125
     assert set(sent) == {None}
+
+
+def test_another_host_that_we_are_sent_to_gets_no_login(mocker, quick, fake):
+    """Whatever it asks for; by another name it is another host."""
+    fake.put("library/x", simple(fake.layout))
+    other, sent = fake.host.replace("127.0.0.1", "localhost"), []
+
+    def intercept(handler):
+        login = handler.headers.get("Authorization")
+        if handler.headers["Host"] == other:
+            sent.append(login)
+            return [handler.answer(401, b"", {"WWW-Authenticate": f'Bearer realm="http://{other}/token"'})]
+        if not login:
+            return [handler.answer(401, b"", {"WWW-Authenticate": 'Basic realm="x"'})]
+        return "/blobs/" in handler.path and [handler.answer(307, b"", {"Location": f"http://{other}/x"})]
+
+    fake.intercept = intercept
+    log_in(mocker, auths={fake.host: auth("me", "secret"), other: auth("me", "secret")})
+    done = quick("pull", "-q", f"{fake.host}/library/x")
+    assert (done.returncode, sent) == (125, [None]), done.stderr
+
+
+def test_a_wrong_password_is_sent_once_and_never_shown(mocker, quick, fake):
+    """More often, and an account may be locked."""
+    fake.intercept = lambda handler: [handler.answer(401, b"", {"WWW-Authenticate": 'Basic realm="x"'})]
+    folder = log_in(mocker, auths={fake.host: auth("me", "guess")})
+    done = quick("pull", "-q", f"{fake.host}/x")
+    assert done.returncode == 125 and "docker login" in done.stderr and len(fake.requests) == 2
+    for damaged in "secret\r\nX-Injected: yes", "secret\x00", "sécret":
+        (folder / "config.json").write_text(json.dumps({"auths": {fake.host: {"auth": damaged}}}))
+        done = quick("pull", "-q", f"{fake.host}/x")
+        assert done.returncode == 125 and "docker login" in done.stderr and "cret" not in done.stderr
 
 
 def test_netrc_is_left_alone(mocker, quick, hub):
@@ -786,8 +828,14 @@ def test_a_pull_while_a_container_runs(mocker, home):
 
 
 FULL = """
-import json, os, subprocess, sys
-home, *pull = sys.argv[1:]
+import json, os, pathlib, subprocess, sys
+home, tests, outputs = sys.argv[1:]
+sys.path.append(tests)
+from quick import Quick
+quick = Quick(pathlib.Path(outputs))
+
+def pull():
+    return quick("pull", "-q", "x", env=dict(os.environ))
 
 def mount(options):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", home], check=True)
@@ -797,16 +845,16 @@ def room():
     return (there.f_blocks - there.f_bfree) * there.f_frsize >> 10
 
 mount("size=20m")
-subprocess.run(pull, check=True)
+assert pull().returncode == 0
 needed, results = room(), []
 subprocess.run(["umount", home], check=True)
 part = needed // 4
 for size in [64, part, 2 * part, 3 * part, needed, *range(needed + part, needed + 5 * part, part // 4)]:  # and its tar
     mount(f"size={size}k")
-    done = subprocess.run(pull, capture_output=True, text=True)
+    done = pull()
     names = {os.path.relpath(os.path.join(where, name), home) for where, _, names in os.walk(home) for name in names}
     mount("remount,size=20m")
-    again = subprocess.run(pull, capture_output=True, text=True)
+    again = pull()
     found = [os.path.getsize(os.path.join(where, "f")) for where, _, names in os.walk(home) if "f" in names]
     results.append((size, done.returncode, done.stderr, sorted(names), again.returncode, found))
     subprocess.run(["umount", home], check=True)
@@ -814,11 +862,13 @@ print(json.dumps(results))
 """
 
 
-def test_a_full_disk(mocker, home, fake):
+def test_a_full_disk(mocker, home, fake, tmp_path):
     """Wherever in a pull: one line, nothing half done, and the next one, with more room, goes well."""
     fake.put("library/x", fake.layout.image([fake.layout.layer(layer([file("f", os.urandom(3_500_000))]), "plain")]))
     home.mkdir()
-    command = ["unshare", "--mount", sys.executable, "-c", FULL, home, *mocker.command(["pull", "-q", "x"])]
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    command = ["unshare", "--mount", sys.executable, "-c", FULL, home, os.path.dirname(__file__), outputs]
     env = {**mocker.env, "MOCKER_HUB": fake.url}
     results = json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
     for size, status, said, names, again, found in results:
