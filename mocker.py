@@ -547,18 +547,16 @@ def layer_path(chain_id):
 
 def read_blob(digest):
     """A small blob (manifest or config), checked again. None if it is not here; one that went bad goes."""
-    if not os.path.exists(blob_path(digest)):
-        return None
-    raw = read_file(blob_path(digest))
-    return raw if digest_of(raw, digest.partition(":")[0]) == digest else os.unlink(blob_path(digest))
+    with contextlib.suppress(FileNotFoundError):
+        raw = read_file(blob_path(digest))
+        return raw if digest_of(raw, digest.partition(":")[0]) == digest else os.unlink(blob_path(digest))
 
 def read_file(path):
     with open(path, "rb") as file:
         return file.read(MANIFEST_LIMIT + 1)
 
 def save_blob(raw, digest):
-    if read_blob(digest) is None:
-        write_file(blob_path(digest), raw)
+    write_file(blob_path(digest), raw)
     return digest
 
 def write_file(path, content):
@@ -585,8 +583,7 @@ def need_disk():
             f"in docker, -v mocker:{HOME} keeps it")
         mount("tmpfs", HOME, "tmpfs", MS_NODEV, "mode=755")
     for part in "layers", "containers", "partial":
-        os.makedirs(store(part), exist_ok=True)
-        os.chmod(store(part), 0o700)
+        os.makedirs(store(part), mode=0o700, exist_ok=True)
 
 @contextlib.contextmanager
 def locked(directory, wait=True):
@@ -633,7 +630,6 @@ class Image:
             self.stored = parse_json(read_file(store(file)), shape, file)
         self.file, self.name, self.version, self.manifest = file, *map(self.stored.get, ("name", "version", "manifest"))
         self.blobs = [self.manifest["config"], *self.manifest["layers"]]
-        self.size = sum(blob["size"] for blob in self.blobs)
 
     @functools.cached_property
     def config(self):
@@ -899,20 +895,19 @@ def is_stored(blob):
     return os.path.exists(path) and os.path.getsize(path) == blob["size"]
 
 def fetch_layer(reference, authorization, blob, partial):
-    """One layer's blob, in a worker."""
+    """In a worker, with a connection of its own."""
     if not is_stored(blob):
-        fetch_blob(Registry(reference, authorization), blob, partial)  # a connection can't be shared
+        fetch_blob(Registry(reference, authorization), blob, partial)
 
-def wait_for(job, layers, partial):
-    """Its result; meanwhile: [########                ] 12.3 of 153.9 MiB"""
+def wait_for(job, blobs, partial):
+    """A worker's job → its result. Meanwhile: [########                ] 12.3 of 153.9 MiB"""
     while not futures.wait([job], 0.25).done:
         if story.level >= PLAIN and os.isatty(2):
-            count, total = 0, sum(layer["size"] for layer in layers)
-            for layer in layers:
-                with contextlib.suppress(FileNotFoundError):
-                    count += os.path.getsize(blob_path(layer["digest"]))
-                with contextlib.suppress(FileNotFoundError):
-                    count += os.path.getsize(os.path.join(partial, layer["digest"][7:]))
+            count, total = 0, sum(blob["size"] for blob in blobs)
+            for blob in blobs:
+                for path in blob_path(blob["digest"]), os.path.join(partial, blob["digest"][7:]):
+                    with contextlib.suppress(FileNotFoundError):
+                        count += os.path.getsize(path)
             bar = "#" * min(30, 30 * count // max(total, 1))
             os.write(2, f"\r[{bar:30}] {count / 2**20:.1f} of {total / 2**20:.1f} MiB ".encode())
     return job.result()
@@ -935,15 +930,14 @@ def fetch_layers(registry, layers, diff_ids, partial):
     """Fetch the layers, and unpack each
 
     A layer is a tar of what one build step changed: the files it added, and whiteouts, names that
-    begin with `.wh.`, for those it deleted. Three workers download at a time, and unpack in order,
-    each chrooted into an overlay of the layers below; what is there already is not fetched again.
+    begin with `.wh.`, for those it deleted. Three workers download at a time; another unpacks, one layer
+    after the other, chrooted into an overlay of the layers below. What is there already is not fetched again.
     See the OCI image-spec, layer.md. Look: ls ~/mocker/layers
     """
-    chain = chain_ids(diff_ids)
+    chain, authorization = chain_ids(diff_ids), registry.session.headers.get("Authorization")
     missing = [n for n, layer in enumerate(layers) if not (is_stored(layer) and os.path.isdir(layer_path(chain[n])))]
-    blobs = {layers[n]["digest"]: layers[n] for n in missing}  # two layers may have the same
+    blobs = {layers[n]["digest"]: layers[n] for n in missing}  # two layers may have the same one
     with workers(3) as fetchers, workers(1) as unpacker:
-        authorization = registry.session.headers.get("Authorization")
         fetched = {digest: fetchers.submit(fetch_layer, registry.reference, authorization, blob, partial)
                    for digest, blob in blobs.items()}
         for n in missing:
@@ -1021,7 +1015,8 @@ def images(arguments):
     Usage:
       mocker images
     """
-    rows = [(image.name, image.version, f"{image.size / 2**20:.1f}MiB", image.file) for image in all_images()]
+    rows = [(image.name, image.version, f"{sum(blob['size'] for blob in image.blobs) / 2**20:.1f}MiB", image.file)
+            for image in all_images()]
     print(tabulate.tabulate(rows, headers=("name", "version", "size", "file"), tablefmt="pretty", stralign="left"))
 
 def verify(arguments):
