@@ -128,7 +128,7 @@ def say(text):
         write_line(text)
 
 def tell(command, wraps=False, by_hand=None):
-    """What a primitive is about to do, as the shell command or the system call that does it.
+    """What a primitive does, as the shell command or the system call that does it.
 
     What a shell can't do to itself, as unshare, wraps: the rest of a script becomes its argument.
     by_hand is what a script has instead, where it has to differ.
@@ -2196,6 +2196,7 @@ set -e
 umask 022
 status=0"""
 
+@explained(OSError, "{}: something in the image is in the way")
 def inside(container):
     """The same story, told by the container's first process on its way in."""
     join_cgroup(container)
@@ -2377,35 +2378,30 @@ def start(container):
             unshare(CLONE_NEWPID, ["pid", "fork"])
         else:
             tell("fork", wraps=True, by_hand="")
-        container.pid = fork(go_inside, container, inner, os.getpid())
+        mocker, container.pid = os.getpid(), os.fork()
+        if container.pid == 0:
+            go_inside(container, inner, mocker)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     if story.script:
         story.script = Script("\n# ■ The end\nset +e", container.id)  # the child goes on with the other
 
-def fork(function, *arguments):
-    """A child that does this and nothing else. → its pid"""
-    pid = os.fork()
-    if pid == 0:
-        status = 125
-        try:
-            status = guarded(function, *arguments)
-        except BaseException:
-            os.dup2(story.output, 2)  # our own 2 is the container's by now
-            sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(status or 0)
-    return pid
-
 def go_inside(container, wire, mocker):
-    die_with(mocker)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.setsid()
-    container.wire, story.output = wire, os.dup(story.output)
-    close_inherited({wire.fileno(), story.output, story.stepping})
-    with explained(OSError, "{}: something in the image is in the way"):
-        inside(container)
+    """The child's whole life; it never returns."""
+    status = 125
+    try:
+        die_with(mocker)
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.setsid()
+        container.wire, story.output = wire, os.dup(story.output)
+        close_inherited({wire.fileno(), story.output, story.stepping})
+        status = guarded(inside, container)
+    except BaseException:
+        os.dup2(story.output, 2)  # our own 2 is the container's by now
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status or 0)
 
 def close_inherited(keep):
     """A directory of the host that stayed open would be a way out: /proc/self/fd/13 (CVE-2024-21626)."""
