@@ -1517,6 +1517,7 @@ def write_etc(container):
 #   eth0 ── NAT ── mocker0 10.0.0.1 ── veth0_1a2b3c4d ═══ veth1 10.0.0.3, default via 10.0.0.1
 
 BRIDGE, GROUP = "mocker0", 10003  # the group of links that all of ours are in
+MAC = "02:42:0a:00:00:01"  # the bridge's own: else it takes one of its ports', and changes it when that port goes
 SUBNETS = ["10.0.0"] + [f"10.0.{n}" for n in range(1, 8)] + [f"172.30.{n}" for n in range(8)] + ["192.168.213"]
 NETNS = "/run/netns"  # where ip-netns(8) finds namespaces by name
 # As docker sets them for a container: it may ping, bind any port, and has no IPv6.
@@ -1527,7 +1528,7 @@ NET_SYSCTLS = {"ipv4/ping_group_range": "0 2147483647", "ipv4/ip_unprivileged_po
 NEW_LINK, DELETE_LINK = (16, 0x605, "ifinfmsg"), (17, 0x5, "ifinfmsg")
 NEW_ADDRESS, NEW_ROUTE = (20, 0x605, "ifaddrmsg"), (24, 0x605, "rtmsg")
 IFF_UP = 1
-UP = {"flags": IFF_UP, "change": IFF_UP}
+UP = {"flags": IFF_UP, "change": IFF_UP}  # of a link that is made
 
 def ask_kernel(command, request, fields, **attributes):
     """One request about links, addresses or routes of the network namespace that we are in, and its answer."""
@@ -1613,9 +1614,8 @@ def join_network(container):
         set_up_loopback()
         add_address("veth1", container.address)
         set_up("veth1")
-        in_main_table_as_by_hand = {"family": socket.AF_INET, "table": 254, "proto": 3, "type": 1}
-        ask_kernel(f"ip route add default via {container.gateway}", NEW_ROUTE, in_main_table_as_by_hand,
-                   RTA_GATEWAY=container.gateway)
+        fields = {"family": socket.AF_INET, "table": 254, "proto": 3, "type": 1}  # ip-route(8)'s own choice
+        ask_kernel(f"ip route add default via {container.gateway}", NEW_ROUTE, fields, RTA_GATEWAY=container.gateway)
     prove("cat /proc/net/route", read_kernel_file("/proc/net/route"))
 
 def set_up_loopback():
@@ -1663,10 +1663,8 @@ def create_bridge():
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
     HOST.note(restore_file, forward, read_kernel_file(forward))
     HOST.note(delete_bridge)
-    # With a MAC of its own: else it would take one of its ports', and change it when that port goes.
-    mac = "02:42:" + ":".join(f"{int(part):02x}" for part in f"{subnet}.1".split("."))
-    ask_kernel(f"ip link add {BRIDGE} up group {GROUP} address {mac} type bridge", NEW_LINK, UP, IFLA_IFNAME=BRIDGE,
-               IFLA_GROUP=GROUP, IFLA_ADDRESS=mac, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
+    ask_kernel(f"ip link add {BRIDGE} up group {GROUP} address {MAC} type bridge", NEW_LINK, UP, IFLA_IFNAME=BRIDGE,
+               IFLA_GROUP=GROUP, IFLA_ADDRESS=MAC, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
     add_address(BRIDGE, f"{subnet}.1")
     write_kernel_file(forward, "1")
     open_way_out(subnet)
@@ -1691,28 +1689,22 @@ def delete_bridge():
 
 # ── The firewall: nft(8), or iptables(8) where it is missing ───────────────────────────────────────
 
-# Where a rule stands: for nft, and for iptables as table and chain.
-CHAINS = {"mangle": ("type filter hook prerouting priority -150", "mangle", "PREROUTING"),
-          "prerouting": ("type nat hook prerouting priority -100", "nat", "PREROUTING"),
-          "output": ("type nat hook output priority -100", "nat", "OUTPUT"),
-          "postrouting": ("type nat hook postrouting priority 100", "nat", "POSTROUTING"),
-          "forward": ("", "filter", "FORWARD")}
 IPTABLES = "iptables", "iptables-legacy"  # mostly the first one is for nftables, which not every kernel has
 
 def add_rules(owner, rules, undo):
-    """Add (chain, rule for nft, the same for iptables) under an owner's name. False if nothing can."""
+    """Add (rule for nft, the same for iptables) under an owner's name. False if nothing can."""
     undo.note(run_tool, ["nft", "delete", "table", "ip", owner])
     return add_nft(owner, rules) or any(add_iptables(tool, owner, rules, undo.note) for tool in IPTABLES)
 
 def add_nft(owner, rules):
-    chains = [f"chain {chain} {{ {CHAINS[chain][0]}; {rule}; }}" for chain, rule, _ in rules]
-    return run_tool(["nft", f"table ip {owner} {{ {'; '.join(chains)}; }}"]) is not None
+    """type nat hook output priority -100; … → chain output { type nat hook output priority -100; …; }"""
+    chains = "".join(f"chain {rule.split()[3]} {{ {rule}; }}; " for rule, _ in rules)
+    return run_tool(["nft", f"table ip {owner} {{ {chains}}}"]) is not None
 
 def add_iptables(tool, owner, rules, note=lambda *undo: None):
-    """Each rule has its owner's name in a comment, and notes its own deletion."""
-    for chain, _, rule in rules:
-        _, table, name = CHAINS[chain]
-        rest = [name, *rule.split(), "-m", "comment", "--comment", owner]
+    """nat OUTPUT … → iptables -t nat -I OUTPUT …, with the owner's name in a comment. Each notes its own deletion."""
+    for _, rule in rules:
+        table, *rest = [*rule.split(), "-m", "comment", "--comment", owner]
         note(run_tool, [tool, "-w", "-t", table, "-D", *rest])
         if run_tool([tool, "-w", "-t", table, "-I", *rest]) is None:
             return False
@@ -1723,19 +1715,21 @@ def nat_rules(owner):
     listed = ask_tool(["nft", "list", "table", "ip", owner])
     if listed is None:
         listed = "".join(ask_tool([tool, "-w", "-t", "nat", "-S"]) or "" for tool in IPTABLES)
-    return re.findall(rf"^\s*(.* dnat to .*|.* masquerade|.*--comment {owner}\b.*)$", listed, re.M)
+    rules = re.findall(rf"^\s*(.* dnat to .*|.* masquerade|.*--comment {owner}\b.*)$", listed, re.M)
+    return list(dict.fromkeys(rules))  # of prerouting and output alike
 
 def open_way_out(subnet):
     """What leaves the bridge goes out under the host's address, or the answers would not find back."""
-    rule = (f'ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade', f"-s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")
-    if not add_rules("mocker", [("postrouting", *rule)], HOST):
+    rule = (f'type nat hook postrouting priority 100; ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
+            f"nat POSTROUTING -s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")
+    if not add_rules("mocker", [rule], HOST):
         say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
     # The older iptables would make a table by looking at it, and never remove it.
     for tool in IPTABLES if "filter" in read_kernel_file("/proc/net/ip_tables_names") else IPTABLES[:1]:
         if "-P FORWARD DROP" in (ask_tool([tool, "-w", "-S", "FORWARD"]) or ""):
             # Docker is here, and forwards nothing but its own.
-            ways = [("forward", "", f"{way} {BRIDGE} -j ACCEPT") for way in ("-i", "-o")]
-            add_iptables(tool, "mocker", ways, HOST.note)
+            rules = [("", f"filter FORWARD {way} {BRIDGE} -j ACCEPT") for way in ("-i", "-o")]
+            add_iptables(tool, "mocker", rules, HOST.note)
 
 def publish_ports(container, undo):
     """-p: what arrives at a port of this machine is sent on to the container."""
@@ -1746,28 +1740,30 @@ def publish_ports(container, undo):
         with explained(OSError, f"port {address}:{outer} can't be published ({{}}): choose another"):
             holder.bind((address, outer))
         container.holders.add(holder)
-        at, target = address.replace("0.0.0.0", "0.0.0.0/0"), f"{container.address}:{inner}"
-        rule = (f"fib daddr type local ip daddr {at} {protocol} dport {outer} dnat to {target}", "-m addrtype "
-                f"--dst-type LOCAL -d {at} -p {protocol} --dport {outer} -j DNAT --to-destination {target}")
-        rules += [("prerouting", *rule), ("output", *rule)]
-    check(not rules or open_way_in(container.gateway) and add_rules(f"mocker_{container.id}", rules, undo),
+        at, to = address.replace("0.0.0.0", "0.0.0.0/0"), f"{container.address}:{inner}"
+        rules += [(f"type nat hook {hook} priority -100; "
+                   f"fib daddr type local ip daddr {at} {protocol} dport {outer} dnat to {to}",
+                   f"nat {hook.upper()} -m addrtype --dst-type LOCAL -d {at} "
+                   f"-p {protocol} --dport {outer} -j DNAT --to-destination {to}") for hook in ("prerouting", "output")]
+    check(not rules or (open_way_in(container.gateway) and add_rules(f"mocker_{container.id}", rules, undo)),
           "ports can't be published, since neither nft nor iptables works here: install nftables")
 
 def open_way_in(gateway):
-    """For this machine and for a neighbour: the answers come back only to the host's own address on the bridge.
+    """For this machine and for a neighbour, to whom the answers come back only through the bridge's own address.
 
     From 127.0.0.1 a packet may leave by the bridge only if the bridge says so. Then one may come in, too, made by
     hand in a container, to what listens to this machine alone (CVE-2020-8558): it is dropped.
     """
     switch, near = f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", f"127.0.0.0/8,{gateway}/24"
-    rules = [("mangle", f'iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop', f"-i {BRIDGE} -d 127.0.0.0/8 -j DROP"),
-             ("postrouting", f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }} masquerade',
-              f"-o {BRIDGE} -m conntrack --ctstate DNAT -s {near} -j MASQUERADE")]
-    if read_kernel_file(switch) != "1":
-        if not add_rules("mocker", rules, HOST):
-            return False
+    way = f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }}'
+    rules = [(f'type filter hook prerouting priority -150; iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop',
+              f"mangle PREROUTING -i {BRIDGE} -d 127.0.0.0/8 -j DROP"),
+             (f"type nat hook postrouting priority 100; {way} masquerade",
+              f"nat POSTROUTING -o {BRIDGE} -m conntrack --ctstate DNAT -s {near} -j MASQUERADE")]
+    opened = read_kernel_file(switch) == "1" or add_rules("mocker", rules, HOST)
+    if opened:
         write_kernel_file(switch, "1")
-    return True
+    return opened
 
 # ═══ Its cgroup: how much it may use ═════════════════════════════════════════════════════════════
 #
@@ -1824,8 +1820,8 @@ def groups_v2(id):
 def pass_on(directory):
     """Let the directories below have controllers, too (man 7 cgroups, "subtree_control")."""
     passed, aside = f"{directory}/cgroup.subtree_control", f"{directory}/mocker_aside"
-    missing = {"memory", "pids", "cpu"} & {*read_kernel_file(f"{directory}/cgroup.controllers").split()}
-    missing -= {*read_kernel_file(passed).split()}
+    there, on = read_kernel_file(f"{directory}/cgroup.controllers").split(), read_kernel_file(passed).split()
+    missing = [name for name in ("memory", "pids", "cpu") if name in there and name not in on]
     # A group with processes can't, unless it is the root of the tree, which has no type. In a container what looks
     # like the root is none, and has some: they move aside, as Docker's own docker-in-docker does it.
     if missing and os.path.exists(f"{directory}/cgroup.type") and read_kernel_file(f"{directory}/cgroup.procs"):
@@ -2768,7 +2764,7 @@ def try_overlay():
 def try_firewall():
     """In a network of its own: that nft can list its tables does not say that this kernel has NAT."""
     unshare(CLONE_NEWNET, ["net"])
-    rules = [("postrouting", "masquerade", "-j MASQUERADE")]
+    rules = [("type nat hook postrouting priority 100; masquerade", "nat POSTROUTING -j MASQUERADE")]
     if add_nft("mocker", rules):
         return "nft"
     for tool in IPTABLES:

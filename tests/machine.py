@@ -74,20 +74,12 @@ for module in overlay veth bridge iptable_nat iptable_filter xt_MASQUERADE xt_co
     /run/machine/modprobe $module
 done
 
-# cgroup v2 as systemd lays it out: all controllers on, the command in a leaf of its own
-cgroup=/sys/fs/cgroup
-mount -t cgroup2 -o nosuid,nodev,noexec,nsdelegate cgroup2 $cgroup
-all=$(sed 's/[a-z]*/+&/g' $cgroup/cgroup.controllers)
-mkdir -p $cgroup/init.scope $cgroup/system.slice
-echo $$ >$cgroup/init.scope/cgroup.procs
-echo $all >$cgroup/cgroup.subtree_control
-echo $all >$cgroup/system.slice/cgroup.subtree_control
-mkdir $cgroup/system.slice/tests.service
+CGROUPS
 
 ip link set lo up
 hostname uml
 cd /run/machine
-(   echo 0 >$cgroup/system.slice/tests.service/cgroup.procs
+(   echo 0 >$leaf/cgroup.procs
     exec setsid -w env -i /bin/sh ./command </dev/null >stdout 2>stderr )
 echo $? >status
 sync
@@ -95,15 +87,34 @@ echo o >/proc/sysrq-trigger
 while :; do sleep 1; done
 """
 
+V2 = """# cgroup v2 as systemd lays it out: all controllers on, the command in a leaf of its own
+cgroup=/sys/fs/cgroup
+mount -t cgroup2 -o nosuid,nodev,noexec,nsdelegate cgroup2 $cgroup
+leaf=$cgroup/system.slice/tests.service
+all=$(sed 's/[a-z]*/+&/g' $cgroup/cgroup.controllers)
+mkdir -p $cgroup/init.scope $cgroup/system.slice
+echo $$ >$cgroup/init.scope/cgroup.procs
+echo $all >$cgroup/cgroup.subtree_control
+echo $all >$cgroup/system.slice/cgroup.subtree_control
+mkdir $leaf"""
+V1 = """# cgroup v1 as systemd lays it out: cpu and cpuacct are one tree, with links to it
+leaf=/sys/fs/cgroup/systemd
+mount -t tmpfs -o mode=755 cgroup /sys/fs/cgroup
+for tree in cpu,cpuacct memory pids systemd; do mkdir /sys/fs/cgroup/$tree; done
+for tree in cpu,cpuacct memory pids; do mount -t cgroup -o $tree cgroup /sys/fs/cgroup/$tree; done
+mount -t cgroup -o none,name=systemd cgroup $leaf
+ln -s cpu,cpuacct /sys/fs/cgroup/cpu
+ln -s cpu,cpuacct /sys/fs/cgroup/cpuacct"""
 
-def uml(command, timeout=300, memory="2G", env=None):
-    """Runs a shell command under cgroup v2, as root, in this directory and environment.
+
+def uml(command, timeout=300, memory="2G", env=None, cgroups=V2):
+    """Runs a shell command under cgroup v2 (or V1), as root, in this directory and environment.
 
     `env` comes on top of the environment. Raises RuntimeError when the time is up.
     """
     exchange = pathlib.Path(tempfile.mkdtemp(prefix="mocker-uml-"))
     try:
-        write_exchange(exchange, command, {"TMPDIR": "/tmp", "MOCKER_HOME": "/tmp/mocker", **(env or {})})
+        write_exchange(exchange, command, {"TMPDIR": "/tmp", "MOCKER_HOME": "/tmp/mocker", **(env or {})}, cgroups)
         log = boot(exchange, timeout, memory)
         status = exchange / "status"
         if not status.exists():
@@ -120,14 +131,14 @@ def uml(command, timeout=300, memory="2G", env=None):
         shutil.rmtree(exchange)
 
 
-def write_exchange(exchange, command, env):
+def write_exchange(exchange, command, env, cgroups):
     """The files that the machine reads: its init, the command, a modprobe that finds its modules."""
     keep = " ".join(map(shlex.quote, kept_directories()))
     exports = [
         f"export {name}={shlex.quote(value)}" for name, value in {**os.environ, **env}.items() if name.isidentifier()
     ]
     files = {
-        "init": INIT.replace("EXCHANGE", shlex.quote(str(exchange))).replace("KEEP", keep),
+        "init": INIT.replace("EXCHANGE", shlex.quote(str(exchange))).replace("KEEP", keep).replace("CGROUPS", cgroups),
         "modprobe": '#!/bin/sh\nexec /sbin/modprobe -d /run/machine/modules "$@"\n',
         "command": "\n".join([*exports, f"cd {shlex.quote(os.getcwd())} || exit 126", command, ""]),
     }

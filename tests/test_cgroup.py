@@ -48,26 +48,24 @@ def test_its_own_group_looks_like_the_root_and_cant_be_written(run):
     assert "Read-only" in run("--rm", "busybox", "sh", "-c", f"echo max > {path}").stderr
 
 
-def groups():
-    return sorted(str(path) for path in Path("/sys/fs/cgroup").glob("**/*mocker*"))
-
-
-def test_the_groups_go_with_the_container(run):
-    before = groups()
-    run("--rm", "-m", "20m", "busybox", "true", check=True)
-    run("--rm", "-m", "20m", "busybox", "nosuch")
-    assert groups() == before
+def test_the_groups_go_with_the_container(run, store):
+    run("-m", "20m", "busybox", "true", check=True)
+    run("-m", "20m", "busybox", "nosuch")
+    ids = os.listdir(store.home / "containers")
+    assert len(ids) == 2
+    assert not [path for path in Path("/sys/fs/cgroup").glob("**/*") if any(id in path.name for id in ids)]
 
 
 @pytest.mark.skipif(IN_UML, reason="this is the inside")
 @pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
-def test_all_of_it_on_cgroup_v2(pulled):
-    """These tests again, in a kernel with cgroup v2; its store is a copy in memory."""
+@pytest.mark.parametrize("cgroups", [machine.V2, machine.V1], ids=["v2", "v1 with a tree of two controllers"])
+def test_all_of_it_on_other_cgroups(pulled, cgroups):
+    """These tests again, in a kernel with others; its store is a copy in memory."""
     by_hand = "test_by_hand.py::test_limits 'test_by_hand.py::test_the_same_container[--read-only]'"
     command = (f"cd {TESTS} && {sys.executable} -m pytest -q -p no:cacheprovider -c pytest.ini test_cgroup.py "
                f"test_told.py {by_hand}")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as shared:  # the host's /tmp is not there
         subprocess.run(["cp", "-a", f"{pulled}/.", shared], check=True)  # not copytree: some files are sparse
-        done = machine.uml(command, timeout=500, env={**os.environ, "MOCKER_TEST_INSIDE": shared})
+        done = machine.uml(command, timeout=500, env={**os.environ, "MOCKER_TEST_INSIDE": shared}, cgroups=cgroups)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "failed" not in done.stdout
