@@ -320,7 +320,7 @@ class Registry:
     def answer(self, challenge):
         """WWW-Authenticate (RFC 9110 §11.6.1) → an Authorization that satisfies it; a token may expire in mid-pull."""
         prove("the registry's challenge", challenge)
-        login = find_login("https://index.docker.io/v1/" if self.host == "registry-1.docker.io" else self.host)
+        login = find_login("index.docker.io" if self.host == "registry-1.docker.io" else self.host)
         if not challenge.lower().startswith("bearer "):
             check(login, f"{self.host} wants a name and a password: docker login {self.host}")
             return login
@@ -342,7 +342,7 @@ def root_cause(error):
     error = getattr(error, "reason", error)
     return (str(error).rpartition("): ")[2] or type(error).__name__)[:150]
 
-def find_login(server):
+def find_login(host):
     """From docker's ~/.docker/config.json, or the helper that it names → an Authorization, or None."""
     what, folder = "~/.docker/config.json", os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
     try:
@@ -350,22 +350,18 @@ def find_login(server):
     except OSError:
         return None
     config = parse_json(raw, {"auths?": dict, "credHelpers?": dict, "credsStore?": TEXT}, what)
-
-    def host(name):  # docker has written host, https://host and https://host/v1/
-        return re.sub("^https?://", "", name).partition("/")[0]
-
-    def entry(key):
-        return {host(name): value for name, value in (config.get(key) or {}).items()}.get(host(server))
-
-    helper = entry("credHelpers") or config.get("credsStore")
+    server = f"https://{host}/v1/" if host == "index.docker.io" else host
+    helper = (config.get("credHelpers") or {}).get(server) or config.get("credsStore")
     if helper:
         answer = run_tool([f"docker-credential-{helper}", "get"], server) or "{}"
         found = parse_json(answer, {}, f"docker-credential-{helper}")
         pair = f"{found.get('Username')}:{found['Secret']}" if "Secret" in found else ""
         login = base64.b64encode(pair.encode()).decode()
     else:
-        with explained((TypeError, ValueError), f"the entry of {server} in {what} is damaged: docker login {server}"):
-            login = dict(entry("auths") or {}).get("auth") or ""
+        spelt = re.compile(rf"(https?://)?{re.escape(host)}(/.*)?")  # docker has written any of these
+        entries = [entry for name, entry in (config.get("auths") or {}).items() if spelt.fullmatch(name)]
+        with explained((TypeError, ValueError), f"the entry of {host} in {what} is damaged: docker login {host}"):
+            login = dict(entries[0]).get("auth", "") if entries else ""
             base64.b64decode(login, validate=True)
     return f"Basic {login}" if login else None
 
