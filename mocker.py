@@ -198,7 +198,7 @@ MANIFEST_LIMIT = 4 << 20  # bytes, as Docker's
 TIMEOUT = (10, int(os.environ.get("MOCKER_TIMEOUT", 30)))  # seconds to connect, seconds of silence
 ATTEMPTS = 4
 # A machine's platform, in the names of the specs, which are Go's.
-PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64/v8", "armv7l": "linux/arm/v7", "armv6l": "linux/arm/v6"}
+PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 # The grammar of https://github.com/distribution/reference
 COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 HOST = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
@@ -2611,15 +2611,13 @@ def doctor(arguments):
     for look in (look_at_kernel, look_at_root, look_at_packages, *trials, look_at_cgroup, look_at_subnet,
                  look_for_leftovers, look_at_hub):
         try:
-            if look in trials:
-                need_root("to try that")
             verdict, found = "ok", in_a_worker(look) if look in trials else look()
         except MockerError as error:
             verdict, found = "LACKS" if error.status else "warn", error
         status = status or int(verdict == "LACKS")
         print(f"{verdict:6} {look.__name__.rpartition('_')[2]}: {printable(str(found))}")
-        if status and look is look_at_kernel:
-            break  # the others look at Linux
+        if status and look in (look_at_kernel, look_at_root):
+            break  # without them there is nothing to look at
     return status
 
 def in_a_worker(look):
@@ -2685,7 +2683,7 @@ def look_at_subnet():
     return f"{SUBNETS[0]}.0/24 is free"
 
 def look_for_leftovers():
-    there, running = all_containers() if os.geteuid() == 0 else [], container_ids()
+    there, running = all_containers(), container_ids()
     return (f"{len(running)} containers run, {len(there) - len(running)} that have ended are kept "
             "(mocker clean --containers)")
 
