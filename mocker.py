@@ -253,6 +253,7 @@ class Registry:
         self.session.trust_env = False  # else requests sends the login of ~/.netrc to whoever it is
         authorities = map(os.environ.get, ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE"))
         self.session.verify = next(filter(None, authorities), True)
+        self.session.get_redirect_target = lambda response: None  # it would read all of a redirect's body
         # A digest is of the bytes as they are stored, so no compression on the way.
         self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity",
                                      "Authorization": authorization})
@@ -273,7 +274,7 @@ class Registry:
                 if response.status_code == 401 and challenge and "Authorization" not in headers:
                     headers["Authorization"] = self.session.headers["Authorization"] = self.answer(challenge)
                 elif response.is_redirect:
-                    here, address = address, url.urljoin(address, self.session.get_redirect_target(response))
+                    here, address = address, url.urljoin(address, response.headers["Location"])
                     if url.urlsplit(here)[:2] != url.urlsplit(address)[:2]:
                         headers["Authorization"] = None  # another host gets no token, nor an answer to its challenge
                 elif response.status_code == 429 and re.fullmatch("[0-9]|10", wait or ""):
