@@ -242,7 +242,7 @@ MANIFEST_LIMIT = 4 << 20  # bytes, as Docker's
 TIMEOUT = (10, int(os.environ.get("MOCKER_TIMEOUT", 30)))  # seconds to connect, seconds of silence
 ATTEMPTS = 4
 # A machine's platform, in the names of the specs, which are Go's.
-PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64/v8", "armv7l": "linux/arm/v7", "armv6l": "linux/arm/v6"}
+PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 # The grammar of https://github.com/distribution/reference
 COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 HOST = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
@@ -297,6 +297,7 @@ class Registry:
         self.session.trust_env = False  # else requests sends the login of ~/.netrc to whoever it is
         authorities = map(os.environ.get, ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE"))
         self.session.verify = next(filter(None, authorities), True)
+        self.session.get_redirect_target = lambda response: None  # it would read all of a redirect's body
         # A digest is of the bytes as they are stored, so no compression on the way.
         self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity",
                                      "Authorization": authorization})
@@ -317,7 +318,7 @@ class Registry:
                 if response.status_code == 401 and challenge and "Authorization" not in headers:
                     headers["Authorization"] = self.session.headers["Authorization"] = self.answer(challenge)
                 elif response.is_redirect:
-                    here, address = address, url.urljoin(address, self.session.get_redirect_target(response))
+                    here, address = address, url.urljoin(address, response.headers["Location"])
                     if url.urlsplit(here)[:2] != url.urlsplit(address)[:2]:
                         headers["Authorization"] = None  # another host gets no token, nor an answer to its challenge
                 elif response.status_code == 429 and re.fullmatch("[0-9]|10", wait or ""):
@@ -364,7 +365,7 @@ class Registry:
     def answer(self, challenge):
         """WWW-Authenticate (RFC 9110 §11.6.1) → an Authorization that satisfies it; a token may expire in mid-pull."""
         prove("the registry's challenge", challenge)
-        login = find_login("https://index.docker.io/v1/" if self.host == "registry-1.docker.io" else self.host)
+        login = find_login("index.docker.io" if self.host == "registry-1.docker.io" else self.host)
         if not challenge.lower().startswith("bearer "):
             check(login, f"{self.host} wants a name and a password: docker login {self.host}")
             return login
@@ -386,7 +387,7 @@ def root_cause(error):
     error = getattr(error, "reason", error)
     return (str(error).rpartition("): ")[2] or type(error).__name__)[:150]
 
-def find_login(server):
+def find_login(host):
     """From docker's ~/.docker/config.json, or the helper that it names → an Authorization, or None."""
     what, folder = "~/.docker/config.json", os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
     try:
@@ -394,22 +395,18 @@ def find_login(server):
     except OSError:
         return None
     config = parse_json(raw, {"auths?": dict, "credHelpers?": dict, "credsStore?": TEXT}, what)
-
-    def host(name):  # docker has written host, https://host and https://host/v1/
-        return re.sub("^https?://", "", name).partition("/")[0]
-
-    def entry(key):
-        return {host(name): value for name, value in (config.get(key) or {}).items()}.get(host(server))
-
-    helper = entry("credHelpers") or config.get("credsStore")
+    server = f"https://{host}/v1/" if host == "index.docker.io" else host
+    helper = (config.get("credHelpers") or {}).get(server) or config.get("credsStore")
     if helper:
         answer = ask_tool([f"docker-credential-{helper}", "get"], server) or "{}"
         found = parse_json(answer, {}, f"docker-credential-{helper}")
         pair = f"{found.get('Username')}:{found['Secret']}" if "Secret" in found else ""
         login = base64.b64encode(pair.encode()).decode()
     else:
-        with explained((TypeError, ValueError), f"the entry of {server} in {what} is damaged: docker login {server}"):
-            login = dict(entry("auths") or {}).get("auth") or ""
+        spelt = re.compile(rf"(https?://)?{re.escape(host)}(/.*)?")  # docker has written any of these
+        entries = [entry for name, entry in (config.get("auths") or {}).items() if spelt.fullmatch(name)]
+        with explained((TypeError, ValueError), f"the entry of {host} in {what} is damaged: docker login {host}"):
+            login = dict(entries[0]).get("auth", "") if entries else ""
             base64.b64decode(login, validate=True)
     return f"Basic {login}" if login else None
 
@@ -2717,15 +2714,13 @@ def doctor(arguments):
     for look in (look_at_kernel, look_at_root, look_at_packages, *trials, look_at_cgroup, look_at_subnet,
                  look_for_leftovers, look_at_hub):
         try:
-            if look in trials:
-                need_root("to try that")
             verdict, found = "ok", in_a_worker(look) if look in trials else look()
         except MockerError as error:
             verdict, found = "LACKS" if error.status else "warn", error
         status = status or int(verdict == "LACKS")
         print(f"{verdict:6} {look.__name__.rpartition('_')[2]}: {printable(str(found))}")
-        if status and look is look_at_kernel:
-            break  # the others look at Linux
+        if status and look in (look_at_kernel, look_at_root):
+            break  # without them there is nothing to look at
     return status
 
 def in_a_worker(look):
@@ -2792,7 +2787,7 @@ def look_at_subnet():
     return f"{SUBNETS[0]}.0/24 is free"
 
 def look_for_leftovers():
-    there, running = all_containers() if os.geteuid() == 0 else [], container_ids()
+    there, running = all_containers(), container_ids()
     return (f"{len(running)} containers run, {len(there) - len(running)} that have ended are kept "
             "(mocker clean --containers)")
 

@@ -206,6 +206,31 @@ def test_redirects_without_end(where, pull, home, fake):
     assert len(fake.requests) < 40
 
 
+@pytest.mark.parametrize("status", [307, 401])
+def test_an_answer_without_end_is_not_read_to_its_end(status, pull, home, fake):
+    """If all that counts is its head."""
+    sent = []
+
+    def endless(handler):
+        if "/manifests/" not in handler.path:
+            return [handler.answer(404)]
+        handler.send_response(status)
+        handler.send_header("Location", "/elsewhere")
+        handler.send_header("WWW-Authenticate", f'Bearer realm="{fake.url}/token"')
+        handler.send_header("Content-Length", str(1 << 40))
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(300):  # MiB
+                handler.wfile.write(bytes(1 << 20))
+                sent.append(1)
+        handler.close_connection = True
+        return True
+
+    fake.intercept = endless
+    refused(pull(), home, "404")
+    assert len(sent) < 30
+
+
 REALMS = [*PLACES, f"ftp://{'x' * 9000}", "/token", "URL/\x9b31m"]
 BROKEN = ["", "Bearer", "Bearer realm=", 'Bearer realm="', 'Bearer realm="x', "Bearer ,,,===", "\x9b31m red"]
 BROKEN += ['Bearer realm="URL/token",service=",scope="', "Negotiate", "Basic", 'Digest realm="x", nonce="y"']

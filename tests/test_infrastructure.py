@@ -51,9 +51,9 @@ def test_the_hub_refuses_a_token_that_is_for_something_else_or_too_old(hub, monk
 
 
 def test_the_hub_redirects_blobs_and_the_cdn_refuses_authorization(hub, tmp_path):
-    source = f"docker://{hub.host}/library/hello-world"
+    source, before = f"docker://{hub.host}/library/hello-world", len(hub.requests)
     output("skopeo", "copy", "--src-tls-verify=false", source, f"dir:{tmp_path}/copy")
-    at_the_cdn = [(path, status) for _, path, status in hub.requests if "Signature=" in path]
+    at_the_cdn = [(path, status) for _, path, status in hub.requests[before:] if "Signature=" in path]
     assert at_the_cdn and {status for _, status in at_the_cdn} == {200}
     assert any("/blobs/" in path and status == 307 for _, path, status in hub.requests)
     assert not hub.leaks

@@ -18,6 +18,7 @@ import images
 import oracle
 import pytest
 import store
+from conftest import MOCKER
 from images import DOCKER, OCI, file, layer
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="pull needs root")
@@ -400,6 +401,20 @@ def test_a_credential_helper(config, mocker, quick, hub, private, tmp_path):
     assert quick("pull", private, env=env).returncode == 0
     done = quick("pull", "-q", private, env={**env, "WANTED": "another"})
     assert done.returncode == 125 and re.fullmatch("mocker: .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("config", ["auths", "credsStore", "credHelpers"])
+def test_docker_hub_s_login(config, mocker, tmp_path):
+    """It goes by its first address. Asked of the function, since nothing but Docker Hub may ask for it."""
+    server = "https://index.docker.io/v1/"
+    configs = {"auths": {server: auth("speaker", "meetup")}, "credsStore": "test", "credHelpers": {server: "test"}}
+    log_in(mocker, **{config: configs[config]})
+    (tmp_path / "docker-credential-test").write_text(HELPER)
+    (tmp_path / "docker-credential-test").chmod(0o755)
+    env = {**mocker.env, "PATH": f"{tmp_path}:{os.environ['PATH']}", "WANTED": server}
+    command = [sys.executable, "-c", "import mocker; print(mocker.find_login('index.docker.io'))"]
+    said = subprocess.run(command, cwd=MOCKER.parent, env=env, check=True, capture_output=True, text=True).stdout
+    assert said == f"Basic {auth('speaker', 'meetup')['auth']}\n"
 
 
 def test_docker_config_names_another_folder(mocker, quick, hub, private, tmp_path):
