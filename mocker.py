@@ -529,7 +529,7 @@ def fetch_blob(registry, blob, partial):
 #  library_tomcat.json                      one stored manifest an image: what `images` lists
 #  layers/<chain id>/                       each layer unpacked once, as overlayfs wants it
 #  containers/<id>/                         config.json, log, upper/ (what the container wrote), …
-#  partial/<anything>/                      a pull under way, whose owner holds a lock on it
+#  partial/<anything>/                      a pull under way; all of them share a lock on partial/
 #
 #  All is made elsewhere and appears by rename(2): there is never half of anything.
 
@@ -582,27 +582,26 @@ def need_disk():
         os.makedirs(store(part), mode=0o700, exist_ok=True)
 
 @contextlib.contextmanager
-def locked(directory, wait=True):
+def locked(directory, how=fcntl.LOCK_EX):
     """Hold flock(2) on a directory. The kernel lets go of it when the holder dies, however it dies."""
     os.makedirs(directory, exist_ok=True)
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, how)
         yield
     finally:
         os.close(handle)
 
 @contextlib.contextmanager
 def partial_directory():
-    """For one pull's unfinished work. Those of pulls that were killed are removed first."""
-    path = store("partial", os.urandom(6).hex())
-    with contextlib.ExitStack() as mine:
-        with locked(store("partial")):  # nobody clears up between our making it and our locking it
-            for name in os.listdir(store("partial")):
-                with contextlib.suppress(BlockingIOError), locked(store("partial", name), wait=False):
-                    run_tool(["rm", "-rf", store("partial", name)])
-            mine.enter_context(locked(path))
-        mine.callback(run_tool, ["rm", "-rf", path])  # not shutil.rmtree, which a deep tree exhausts
+    """For one pull's unfinished work. What killed pulls left is removed first, unless another is under way."""
+    with contextlib.suppress(BlockingIOError), locked(store("partial"), fcntl.LOCK_EX | fcntl.LOCK_NB):
+        for name in os.listdir(store("partial")):
+            run_tool(["rm", "-rf", store("partial", name)])
+    with locked(store("partial"), fcntl.LOCK_SH), contextlib.ExitStack() as undo:
+        path = store("partial", os.urandom(6).hex())
+        undo.callback(run_tool, ["rm", "-rf", path])  # not shutil.rmtree, which a deep tree exhausts
+        os.mkdir(path)
         yield path
 
 def chain_ids(diff_ids):
@@ -858,9 +857,11 @@ def unpack_layer(digest, diff_ids, directory):
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar)
         mount_overlay(below[::-1], directory)
-        with confined(f"{directory}/rootfs"):
-            unpacker.unpack()
-        unmount(f"{directory}/rootfs")
+        try:
+            with confined(f"{directory}/rootfs"):
+                unpacker.unpack()
+        finally:
+            unmount(f"{directory}/rootfs")
     with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
         os.rename(f"{directory}/upper", layer)
     check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
@@ -2835,8 +2836,8 @@ def inspect(arguments):
 def find_container(name):
     """By its name, its id, or how its id begins; None if there is none."""
     there = all_containers()
-    found = [one for one in there if name in (one["name"], one["id"])]
-    found = found or [one for one in there if name and one["id"].startswith(name)]
+    found = [one for one in there if name in (one["name"], one["id"])] or [
+        one for one in there if name and one["id"].startswith(name)]
     check(len(found) < 2, f"the ids of {len(found)} containers begin with {name}: write more of it")
     return found[0] if found else None
 
