@@ -558,7 +558,7 @@ def fetch_blob(registry, blob, partial):
 #  library_tomcat.json                      one stored manifest an image: what `images` lists
 #  layers/<chain id>/                       each layer unpacked once, as overlayfs wants it
 #  containers/<id>/                         config.json, log, upper/ (what the container wrote), …
-#  partial/<anything>/                      a pull under way, whose owner holds a lock on it
+#  partial/<anything>/                      a pull under way; all of them share a lock on partial/
 #
 #  All is made elsewhere and appears by rename(2): there is never half of anything.
 
@@ -576,13 +576,9 @@ def layer_path(chain_id):
 
 def read_blob(digest):
     """A small blob (manifest or config), checked again. None if it is not here; one that went bad goes."""
-    with contextlib.suppress(FileNotFoundError):
-        raw = read_file(blob_path(digest))
-        return raw if digest_of(raw, digest.partition(":")[0]) == digest else os.unlink(blob_path(digest))
-
-def read_file(path):
-    with open(path, "rb") as file:
-        return file.read(MANIFEST_LIMIT + 1)
+    with contextlib.suppress(FileNotFoundError), open(blob_path(digest), "rb") as file:
+        raw = file.read(MANIFEST_LIMIT + 1)
+        return raw if digest_of(raw, digest.partition(":")[0]) == digest else os.unlink(file.name)
 
 def save_blob(raw, digest):
     write_file(blob_path(digest), raw)
@@ -615,27 +611,26 @@ def need_disk():
         os.makedirs(store(part), mode=0o700, exist_ok=True)
 
 @contextlib.contextmanager
-def locked(directory, wait=True):
+def locked(directory, how=fcntl.LOCK_EX):
     """Hold flock(2) on a directory. The kernel lets go of it when the holder dies, however it dies."""
     os.makedirs(directory, exist_ok=True)
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, how)
         yield
     finally:
         os.close(handle)
 
 @contextlib.contextmanager
 def partial_directory():
-    """For one pull's unfinished work. Those of pulls that were killed are removed first."""
-    path = store("partial", os.urandom(6).hex())
-    with contextlib.ExitStack() as mine:
-        with locked(store("partial")):  # nobody clears up between our making it and our locking it
-            for name in os.listdir(store("partial")):
-                with contextlib.suppress(BlockingIOError), locked(store("partial", name), wait=False):
-                    run_tool(["rm", "-rf", store("partial", name)])
-            mine.enter_context(locked(path))
-        mine.callback(run_tool, ["rm", "-rf", path])  # not shutil.rmtree, which a deep tree exhausts
+    """For one pull's unfinished work. What killed pulls left is removed first, unless another is under way."""
+    with contextlib.suppress(BlockingIOError), locked(store("partial"), fcntl.LOCK_EX | fcntl.LOCK_NB):
+        for name in os.listdir(store("partial")):
+            run_tool(["rm", "-rf", store("partial", name)])
+    with locked(store("partial"), fcntl.LOCK_SH), contextlib.ExitStack() as undo:
+        path = store("partial", os.urandom(6).hex())
+        undo.callback(run_tool, ["rm", "-rf", path])  # not shutil.rmtree, which a deep tree exhausts
+        os.mkdir(path)
         yield path
 
 def chain_ids(diff_ids):
@@ -655,8 +650,9 @@ class Image:
     def __init__(self, file):
         shape = {"name": TEXT, "version": TEXT, "digest": DIGEST, "mediaType": TEXT, "size": int, "manifest": MANIFEST,
                  "index?": DESCRIPTOR}
-        with explained(MockerError, f"{store(file)} is no stored image: remove it, and pull the image again"):
-            self.stored = parse_json(read_file(store(file)), shape, file)
+        with explained(MockerError, f"{store(file)} is no stored image: remove it, and pull the image again"), \
+                open(store(file), "rb") as content:
+            self.stored = parse_json(content.read(), shape, file)
         self.file, self.name, self.version, self.manifest = file, *map(self.stored.get, ("name", "version", "manifest"))
         self.blobs = [self.manifest["config"], *self.manifest["layers"]]
 
@@ -764,17 +760,16 @@ class Unpacker:
     """A tar on its way onto the layers below it, in a process whose root they are."""
 
     def __init__(self, tar):
-        self.tar = tar
-        self.names = []  # the first ten, to be shown
+        self.tar, self.names = tar, []  # the first ten names, to be shown
         self.placed = set()  # what this layer has brought: no whiteout of its own touches that
         self.times = {}  # of directories: set last, since each new file changes its directory's
 
     def unpack(self):
+        file = self.tar.fileobj
         while member := self.tar.next():
             self.tar.members.clear()  # or tarfile keeps them all
-            self.names += [member.name] if len(self.names) < 10 else []
-            self.place(member, os.path.normpath("/" + member.name.lstrip("/")))
-        file = self.tar.fileobj
+            self.names = [*self.names, member.name][:10]
+            self.place(member, rooted(member.name))
         # tarfile takes a damaged header for the end, which is two blocks of zeros.
         check(not (file.last + file.read(512)).strip(b"\0"), "a layer has a damaged header: pull again")
         file.seek(LAYER_LIMIT)  # to the real end, where the diff_id is checked
@@ -787,24 +782,34 @@ class Unpacker:
         folder = folder if folder in self.times else os.path.realpath(folder)  # a symlink may lead there
         path = os.path.join(folder, name)
         if name.startswith(".wh."):
-            return self.whiteout(folder, name[len(".wh.") :])
-        self.enter(folder)
-        self.placed.add(path)
-        if member.islnk():
-            return self.link(os.path.normpath("/" + member.linkname.lstrip("/")), path)
-        if not (member.isdir() and is_directory(path)):
-            self.remove(path)
-            make(self.tar, member, path)
-        stamp = set_metadata(path, member)
-        if member.isdir():
-            self.times[path] = stamp
-        return None
+            self.whiteout(folder, name[len(".wh.") :])
+        else:
+            self.enter(folder)
+            self.placed.add(path)
+            if not (member.isdir() and is_directory(path)):
+                self.remove(path)
+                self.make(member, path)
+            if not member.islnk():
+                stamp = set_metadata(path, member)
+                self.times.update({path: stamp} if member.isdir() else {})
 
-    def link(self, target, path):
-        check(path != target and os.path.lexists(target) and not is_directory(target),
-              f"a layer has a hard link '{path}' to '{target}', which is nowhere: this image is broken")
-        self.remove(path)
-        os.link(target, path, follow_symlinks=False)
+    def make(self, member, path):
+        """What the header says, where nothing is now."""
+        if member.isdir():
+            os.mkdir(path)
+        elif member.issym():
+            os.symlink(member.linkname, path)
+        elif member.isreg():
+            self.tar.makefile(member, path)  # sparse ones, too
+        elif member.islnk():
+            target = rooted(member.linkname)
+            check(os.path.lexists(target) and not is_directory(target),
+                  f"a layer has a hard link '{path}' to '{target}', which is nowhere: this image is broken")
+            os.link(target, path, follow_symlinks=False)
+        else:
+            kind = {tarfile.FIFOTYPE: stat.S_IFIFO, tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK}
+            check(member.type in kind, f"a layer has '{member.name}' of unknown type: broken")
+            os.mknod(path, kind[member.type], os.makedev(member.devmajor, member.devminor))
 
     def enter(self, folder):
         """A directory in which something is to change: made, if the tar has it not (yet)."""
@@ -845,22 +850,13 @@ class Unpacker:
             for name in os.listdir(path):
                 self.hide(os.path.join(path, name))
 
+def rooted(name):
+    """A name in a tar → where it is in the root."""
+    return os.path.normpath("/" + name.lstrip("/"))
+
 def is_directory(path):
     """Itself, not by a symlink."""
     return os.path.isdir(path) and not os.path.islink(path)
-
-def make(tar, member, path):
-    """What the header says, where nothing is now."""
-    if member.isdir():
-        os.mkdir(path)
-    elif member.issym():
-        os.symlink(member.linkname, path)
-    elif member.isreg():
-        tar.makefile(member, path)  # sparse ones, too
-    else:
-        kind = {tarfile.FIFOTYPE: stat.S_IFIFO, tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK}
-        check(member.type in kind, f"a layer has '{member.name}' of unknown type: broken")
-        os.mknod(path, kind[member.type], os.makedev(member.devmajor, member.devminor))
 
 def set_metadata(path, member):
     """Owner, mode, xattrs, times; in this order, since chown(2) clears setuid bits and capabilities. → time, in ns"""
@@ -890,9 +886,11 @@ def unpack_layer(digest, diff_ids, directory):
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar)
         mount_overlay(below[::-1], directory)
-        with confined(f"{directory}/rootfs"):
-            unpacker.unpack()
-        unmount(f"{directory}/rootfs")
+        try:
+            with confined(f"{directory}/rootfs"):
+                unpacker.unpack()
+        finally:
+            unmount(f"{directory}/rootfs")
     with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
         os.rename(f"{directory}/upper", layer)
     check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
@@ -965,6 +963,8 @@ def fetch_layers(registry, layers, diff_ids, partial):
     """
     chain, authorization = chain_ids(diff_ids), registry.session.headers.get("Authorization")
     missing = [n for n, layer in enumerate(layers) if not (is_stored(layer) and os.path.isdir(layer_path(chain[n])))]
+    if not missing:
+        return
     blobs = {layers[n]["digest"]: layers[n] for n in missing}  # two layers may have the same one
     with workers(3) as fetchers, workers(1) as unpacker:
         fetched = {digest: fetchers.submit(fetch_layer, registry.reference, authorization, blob, partial)
@@ -1075,8 +1075,7 @@ def verify_layer(digest, diff_id):
             os.unlink(file.name)  # so that the next pull fetches it again
             raise
         file.seek(0)
-        for _ in inflate(file, diff_id):
-            pass
+        collections.deque(inflate(file, diff_id), maxlen=0)  # of which only the check at its end counts
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
 
@@ -2810,29 +2809,19 @@ def ask_hub():
 
 PROBE = r"""
 can() { row=$1; shift; if "$@" >/dev/null 2>&1; then echo "$row|yes"; else echo "$row|no"; fi; }
-limit() {  # of the group that we are in, on cgroup v1, else on v2
-    one=$(sed -n "s/^[0-9]*:[^:]*$1[^:]*://p" /proc/self/cgroup) two=$(sed -n "s/^0:://p" /proc/self/cgroup)
-    cat "/sys/fs/cgroup/$1$one/$2" 2>/dev/null || cat "/sys/fs/cgroup$two/$3" 2>/dev/null || echo max
-}
-with_mount() {  # all is undone: the host is asked, too
-    mkdir -p "$1" && mount -t tmpfs none "$1"; status=$?
-    if [ "$2" = node ]; then mknod "$1/kmsg" c 1 11 && dd if="$1/kmsg" count=0; status=$?; rm "$1/kmsg"; fi
-    umount "$1"; rmdir "$1"
-    return $status
-}
 echo "processes it sees|$(ls -d /proc/[0-9]* | wc -l)"
 echo "its own number|$$"
 echo "host name|$(uname -n)"
 echo "network interfaces|$(grep -c : /proc/net/dev)"
 echo "mounts it sees|$(grep -c . /proc/self/mounts)"
-echo "memory limit|$(limit memory memory.limit_in_bytes memory.max)"
-echo "process limit|$(limit pids pids.max pids.max)"
+can "may take 200 MB of memory" dd if=/dev/zero of=/dev/null bs=200M count=1
 can "may signal the host's" sh -c 'test -e "/proc/$1/root$0" && kill -0 "$1"' "$0" "$1"  # not just one of that number
-can "may mount" with_mount "/tmp/mocker-probe.$$"
+can "may mount" sh -c 'mount -t tmpfs none /tmp && umount /tmp'
 can "may rename the host" dd of=/proc/sys/kernel/hostname count=0 conv=notrunc  # it is only opened
-can "may make a device" with_mount "/tmp/mocker-probe.$$" node
 can "may set the kernel" dd of=/proc/sys/kernel/panic count=0 conv=notrunc
-sed -n "s/^CapEff:\s*/capabilities|/p; s/^Seccomp:\s*/system call filter|/p" /proc/self/status
+can "may read the kernel's log" dmesg
+can "has a filter of system calls" grep "Seccomp:.2" /proc/self/status
+sed -n "s/^CapEff:\s*/capabilities|/p" /proc/self/status
 """
 
 def compare(arguments):
@@ -2844,34 +2833,25 @@ def compare(arguments):
     need_root("compare")
     image = arguments["<name>"] or "busybox"
     find_image(image)
-    limits = ["-m", "64m", "--pids-limit", "100"]
     probe = ["sh", "-c", PROBE, os.path.realpath(__file__), str(os.getpid())]  # a file and a process of the host
     mocker = [sys.executable, __file__, "run", "-q", "--rm"]
-    worlds = {
-        "host": ["unshare", "-m", *probe],  # what it mounts shows nowhere else
-        "chroot": [*mocker, "--only=chroot", image, *probe],
-        "cgroup": [*mocker, "--only=cgroup", *limits, image, *probe],
-        "mocker": [*mocker, *limits, image, *probe],
-        "docker": ["docker", "run", "--rm", "--pull=never", *limits, image, *probe],
+    answers = {
+        "host": ask_tool(["unshare", "-m", *probe]),  # what it mounts shows nowhere else
+        "chroot": ask_tool([*mocker, "--only=chroot", image, *probe]),
+        "cgroup": ask_tool([*mocker, "--only=cgroup", "-m", "64m", image, *probe]),
+        "mocker": ask_tool([*mocker, "-m", "64m", image, *probe]),
+        "docker": ask_tool(["docker", "run", "--rm", "--pull=never", "-m", "64m", image, *probe]),
     }
-    answers = {world: ask_tool(command) for world, command in worlds.items()}
     if answers["docker"] is None:
         say(f"docker is not here, or has not the image: docker pull {image}")
         del answers["docker"]
-    silent = [world for world in answers if not answers[world]]
-    check(not silent, f"the probe can't run in {image} ({', '.join(silent)}): it takes a shell, as busybox has one")
-    columns = [dict(line.split("|", 1) for line in text.splitlines()) for text in answers.values()]
-    rows = [[row, *(in_short(row, column.get(row, "?")) for column in columns)] for row in columns[0]]
-    print(tabulate.tabulate(rows, headers=["", *answers], disable_numparse=True))
-
-def in_short(row, value):
-    """As people read it: bytes, a set of bits, yes or no."""
-    if row == "capabilities":
-        return str(bin(int(value, 16)).count("1"))
-    if row == "memory limit" and value.isdecimal():
-        value = "max" if int(value) >> 60 else f"{int(value) >> 20} MiB"
-    names = {"max": "none", "0": "no", "2": "yes"} if "limit" in row or "filter" in row else {}
-    return printable(names.get(value, value))[:12]
+    check(all(answers.values()), f"the probe can't run in {image}: it takes a shell, as busybox has one")
+    table = {}  # row → what each of the worlds says
+    for answer in answers.values():
+        for row, value in re.findall(r"(.*)\|(.*)", answer):
+            value = str(bin(int(value, 16)).count("1")) if row == "capabilities" else printable(value[:12])
+            table.setdefault(row, []).append(value)
+    print(tabulate.tabulate([[row, *values] for row, values in table.items()], ["", *answers], disable_numparse=True))
 
 def clean(arguments):
     """Undo whatever outlived a run: leftovers of killed mockers, unfinished pulls.
@@ -2916,22 +2896,21 @@ def inspect(arguments):
 def find_container(name):
     """By its name, its id, or how its id begins; None if there is none."""
     there = all_containers()
-    found = [one for one in there if name in (one["name"], one["id"])]
-    found = found or [one for one in there if name and one["id"].startswith(name)]
+    found = [one for one in there if name in (one["name"], one["id"])] or [
+        one for one in there if name and one["id"].startswith(name)]
     check(len(found) < 2, f"the ids of {len(found)} containers begin with {name}: write more of it")
     return found[0] if found else None
 
 def draw(label, value, first="", rest=""):
-    """A document as a tree of 80 columns: an object in an object has branches, a list of objects a line for each."""
+    """A document as a tree for a screen of 80 columns, which cuts what is long; --json doesn't."""
     branches = []
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        branches = [("  ".join(map(in_words, row, row.values())), None) for row in value]
-    if isinstance(value, dict) and any(isinstance(inner, (dict, list)) for inner in value.values()):
+    if isinstance(value, list):
+        branches = [(number, ", ".join(in_words(*pair) for pair in row.items())) for number, row in enumerate(value, 1)]
+    elif isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
         branches = list(value.items())
-    text = printable(label if branches or value is None else f"{label}: {in_words(label, value)}")
-    room = 80 - len(first) if value is None else 200
-    text = text if len(text) <= room else f"{text[: room - 1]}…"
-    print(textwrap.fill(text, 80, initial_indent=first, subsequent_indent=f"{rest}  ", break_on_hyphens=False))
+    text = label if branches else f"{label}: {in_words(label, value)}"
+    print(textwrap.fill(printable(str(text)), 80, initial_indent=first, subsequent_indent=f"{rest}  ", placeholder=" …",
+                        max_lines=3 if len(first) < 8 else 1, break_on_hyphens=False))
     for number, (name, inner) in enumerate(branches, 1):
         last = number == len(branches)
         draw(name, inner, rest + ("└── " if last else "├── "), rest + ("    " if last else "│   "))
@@ -2940,18 +2919,18 @@ def in_words(key, value):
     """A value in one line; of a digest the beginning is enough."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {in_words(name, inner)}" for name, inner in value.items())
-    text = shlex.join(map(str, value)) if isinstance(value, list) else str(value)
-    return f"{value:,} bytes" if key == "size" else re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52,}", r"\1…", text)
+    text = " ".join(value) if isinstance(value, list) else f"{value:,} bytes" if key == "size" else str(value)
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52,}", r"\1…", text)
 
 def anatomy_of_image(name):
     """index → manifest → config → layers: each names the next by its digest."""
     missing = f"no such image or container: {name[:100]}: see mocker images, or ls {store('containers')}"
     with explained(MockerError, missing):
         file = Reference(name).file
-    check(os.path.exists(store(file)), missing)
-    image = Image(file)
-    settings = image.config.get("config") or {}
+    with explained(FileNotFoundError, missing):
+        image = Image(file)
     config, *layers = [{"digest": blob["digest"], "size": blob["size"]} for blob in image.blobs]
+    settings = image.config.get("config") or {}
     left = iter(layers)
     history = [{**({} if line.get("empty_layer") else next(left, {})), "history": str(line.get("created_by", "?"))}
                for line in image.config.get("history") or [] if isinstance(line, dict)]
@@ -2959,7 +2938,7 @@ def anatomy_of_image(name):
         "image": {"name": image.name, "version": image.version, "file": image.file},
         "index": image.stored.get("index") or {},
         "manifest": {key: image.stored[key] for key in ("digest", "size", "mediaType")},
-        "config": {**config, **{key: settings[key] for key in ("Entrypoint", "Cmd", "Env", "User", "WorkingDir")
+        "config": {**config, **{key: settings[key] for key in ("Entrypoint", "Cmd", "User", "WorkingDir", "Env")
                                 if settings.get(key)}},
         "layers": history + list(left),
     }
@@ -2967,29 +2946,25 @@ def anatomy_of_image(name):
 def anatomy_of_container(container):
     """Of one that runs, what the kernel says; of one that has ended, what it left."""
     id, pid, directory = container["id"], container["pid"], store("containers", container["id"])
-    facts = {key: container[key] for key in ("id", "name", "status", "exit_code") if key in container}
-    used = ask_tool(["du", "-sk", f"{directory}/upper"])  # no answer if files come and go
-    root = {"upper": {**({"size": int(used.split()[0]) << 10} if used else {}), "directory": f"{directory}/upper"},
-            "layers": [{"directory": layer} for layer in lower_layers(directory)]}
-    document = {"container": facts, "image": container["image"], "command": container["arguments"]}
+    facts = {key: container[key] for key in ("id", "name", "status", "exit_code", "image") if key in container}
+    facts["command"] = shlex.join(container["arguments"])
+    root = {"upper": f"{directory}/upper", "layers": lower_layers(directory)}
     if facts["status"] != "running" or id not in container_ids():
         facts["status"] = facts["status"].replace("running", "killed")  # mocker was, and could not note it
-        return {**document, "root": root}
+        return {"container": facts, "root": root}
     with explained((OSError, LookupError), f"container {id} has just ended: inspect it again"):
         status = dict(re.findall(r"^(\w+):\s*(.*)", read_kernel_file(f"/proc/{pid}/status"), re.M))
-        mounts = [line.split() for line in read_kernel_file(f"/proc/{pid}/mountinfo").splitlines()]
-        options, kind = [(line[5], line[line.index("-") + 1]) for line in mounts if line[4] == "/"][-1]
+        mounts = re.findall(r"^\S+ / (.*) 0 0$", read_kernel_file(f"/proc/{pid}/mounts"), re.M)
         return {
-            **document,
-            "command": os.fsdecode(read_file(f"/proc/{pid}/cmdline")).removesuffix("\0").split("\0"),
+            "container": facts,
             "process": {"pid": pid, "inside": int(status["NSpid"].split()[-1]), "uid": int(status["Uid"].split()[1])},
             "namespaces": {kind: {"inside": os.readlink(f"/proc/{pid}/ns/{kind}"),
                                   "host": os.readlink(f"/proc/self/ns/{kind}")} for kind in NAMESPACES},
-            "root": {"mount": f"{kind} {options}", **root},
-            "network": network_of(pid, id, container["ports"]),
+            "root": {**root, "mount": mounts[-1]},
+            "network": network_of(pid, id),
             "cgroup": cgroup_of(pid),
-            "privileges": {"effective": capabilities_of("CapEff", pid), "bounding": capabilities_of("CapBnd", pid),
-                           "seccomp": {"1": "strict", "2": "filter"}.get(status.get("Seccomp"), "none")},
+            "privileges": {"seccomp": {"1": "strict", "2": "filter"}.get(status.get("Seccomp"), "none"),
+                           "capabilities": capabilities_of("CapEff", pid), "bounding": capabilities_of("CapBnd", pid)},
         }
 
 def lower_layers(directory):
@@ -2998,16 +2973,15 @@ def lower_layers(directory):
     numbers = sorted(os.listdir(folder), key=int) if os.path.isdir(folder) else []  # it may never have started
     return [os.readlink(f"{folder}/{number}") for number in numbers]
 
-def network_of(pid, id, ports):
+def network_of(pid, id):
     """What is inside, and on the host the other end of the wire, the bridge, and the NAT."""
     addresses = re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", read_kernel_file(f"/proc/{pid}/net/fib_trie"))
-    routes = {str(network) if network.prefixlen else "default":
-              f"via {gateway} " * (gateway != "0.0.0.0") + f"dev {name}" for name, network, gateway in read_routes(pid)}
-    found = {"interfaces": read_interfaces(pid), "addresses": sorted(set(addresses)), "routes": routes}
+    found = {"interfaces": read_interfaces(pid), "addresses": sorted(set(addresses))}
+    for name, network, gateway in read_routes(pid):
+        via = f"via {gateway} " if gateway != "0.0.0.0" else ""
+        found[f"route to {network}"] = f"{via}dev {name}"
     if f"veth0_{id}" in read_interfaces():
-        bridges = [name for name, network, _ in read_routes() if str(network) in routes]
-        found["wire"] = {"veth": f"veth0_{id}", "bridge": " ".join(bridges)}
-        found["NAT"] = [{"rule": rule} for rule in nat_rules("mocker") + (nat_rules(f"mocker_{id}") if ports else [])]
+        found.update(wire=f"veth0_{id} on {BRIDGE}", NAT=nat_rules("mocker") + nat_rules(f"mocker_{id}"))
     return found
 
 def cgroup_of(pid):
@@ -3015,10 +2989,11 @@ def cgroup_of(pid):
     found = {}
     for line in read_kernel_file(f"/proc/{pid}/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        directory = os.path.normpath(f"{CGROUP}/{controllers.split(',')[0]}/{path}")
-        values = {file: read_kernel_file(f"{directory}/{file}").replace("\n", ", ") for file in MEASURES}
-        found[directory] = {file: value for file, value in values.items() if value}
-    return {directory: values for directory, values in found.items() if values}
+        for file in MEASURES:
+            directory = os.path.normpath(f"{CGROUP}/{controllers.split(',')[0]}/{path}")
+            if value := read_kernel_file(f"{directory}/{file}").partition("\n")[0]:
+                found.update({"path": path, file: value})
+    return found
 
 def diff(arguments):
     """Show what a container changed in its root, as its upper layer has it: A added, C changed, D deleted.
