@@ -193,28 +193,24 @@ class Script:
     """
 
     def __init__(self, header, id):
-        self.lines, self.ends, self.chain = [header], [], None
-        self.id, self.shown = id, printable if os.isatty(1) else str
+        self.lines, self.ends, self.chain, self.id = [header], [], None, id
 
     def add(self, line, wraps=False):
         if wraps and self.chain is not None:
             self.chain.append(line)
         elif wraps:
-            end = f"INSIDE_{len(self.ends)}_{self.id}"  # no image knows it, to end it before
-            shell = f"{line} sh -e /dev/fd/3 3<<'{end}'".strip()
+            end = f"INSIDE_{len(self.ends)}_{self.id}"  # no image can know it, to end it before
+            shell = f"{line} sh -e /dev/fd/3 3<<'{end}'"
             self.lines.append(f"exec {shell}" if self.ends else f"{shell} || status=$?")
             self.ends.insert(0, end)
         else:
             self.lines.append(line)
 
-    def write(self, *last):
-        for line in "\n".join([*self.lines, *last]).split("\n"):
-            print(self.shown(line))
-        sys.stdout.flush()
-        self.lines.clear()
+    def end_with(self, program):
+        self.lines += [" ".join(["exec", *(self.chain or []), program, "3<&-"]), *self.ends]
 
-    def write_with(self, program):
-        self.write(" ".join(["exec", *(self.chain or []), program, "3<&-"]), *self.ends)
+    def encoded(self):
+        return "".join(f"{line}\n" for line in self.lines).encode(errors="surrogateescape")
 
 # ═══ The registry: reference, token, manifest, blobs ═════════════════════════════════════════════
 #
@@ -391,7 +387,8 @@ def find_login(host):
     """From docker's ~/.docker/config.json, or the helper that it names → an Authorization, or None."""
     what, folder = "~/.docker/config.json", os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
     try:
-        raw = read_file(os.path.join(folder, "config.json"))
+        with open(os.path.join(folder, "config.json"), "rb") as file:
+            raw = file.read()
     except OSError:
         return None
     config = parse_json(raw, {"auths?": dict, "credHelpers?": dict, "credsStore?": TEXT}, what)
@@ -1126,24 +1123,28 @@ def mount(source, target, kind="", flags=0, data=""):
     options = ",".join([name for flag, name in MOUNT_OPTIONS.items() if flags & flag] + [data] * bool(data))
     options = options.replace("bind", "rbind") if flags & MS_REC else options
     command = shlex.join(["mount"] + ["-t", kind] * bool(kind) + ["-o", options] * bool(options) + [source, target])
-    command = f"mount --make-rprivate {target}" if flags & MS_PRIVATE else command
-    tell(command)
     call("mount", source, target, kind, flags, data, what=command)
+    tell(command)
 
 def unmount(target):
     """umount2(2), lazily: it leaves the tree at once, whoever may be using it."""
     call("umount2", target, MNT_DETACH, what=f"umount {target}")
-    tell(f"umount -l {target}")
+    command = f"umount -l {shlex.quote(target)}"
+    tell(command, by_hand=f"{command} || exit")  # before a volume is taken for a part of the container
 
 def unshare(flags, names):
     """unshare(2): leave a namespace for a new one."""
-    tell("unshare " + " ".join(f"--{name}" for name in names), wraps=True)
     call("unshare", flags, what=f"unshare {', '.join(names)}")
+    tell("unshare " + " ".join(f"--{name}" for name in names), wraps=True)
 
 def unshare_mounts():
-    """A mount table of our own, whose changes stay in it: systemd shares / (man 7 mount_namespaces)."""
     unshare(CLONE_NEWNS, ["mount"])
-    mount("none", "/", "", MS_REC | MS_PRIVATE)
+    make_mounts_private()
+
+def make_mounts_private():
+    """Else ours would show up outside, too, where systemd shares / (man 7 mount_namespaces)."""
+    call("mount", "none", "/", "", MS_REC | MS_PRIVATE, "", what="mount --make-rprivate /")
+    tell("mount --make-rprivate /")
 
 @contextlib.contextmanager
 def coming_back(kind, flag):
@@ -1183,14 +1184,14 @@ def make_directory(path):
         tell(f"mkdir -p {shlex.quote(path)}")
 
 def make_link(target, path):
-    tell(shlex.join(["ln", "-s", target, path]))
     os.symlink(target, path)
+    tell(shlex.join(["ln", "-s", target, path]))
 
 def write_text(path, text):
     escaped = text.replace("\\", r"\\").replace("\n", r"\n").replace("\t", r"\t")
-    tell(f"printf %b {shlex.quote(escaped)} > {shlex.quote(path)}")
     with open(path, "w") as file:
         file.write(text)
+    tell(f"printf %b {shlex.quote(escaped)} > {shlex.quote(path)}")
 
 def write_kernel_file(path, value):
     """/proc, /sys and cgroups are told what to do by writing to their files."""
@@ -1334,11 +1335,10 @@ def leave_namespaces(container):
     if kinds:
         unshare(sum(kinds.values()), kinds)
     if "mount" in kinds:
-        # Else our mounts would show up on the host, where systemd shares / (man 7 mount_namespaces).
-        mount("none", "/", "", MS_REC | MS_PRIVATE)
+        make_mounts_private()
     if "uts" in kinds:
-        tell(f"echo {shlex.quote(container.hostname)} > /proc/sys/kernel/hostname")
         call("sethostname", container.hostname, len(os.fsencode(container.hostname)))
+        tell(f"printf %s {shlex.quote(container.hostname)} > /proc/sys/kernel/hostname")
     for kind, host in container.host_namespaces.items():
         prove(f"readlink /proc/self/ns/{kind}", f"{os.readlink(f'/proc/self/ns/{kind}'):20} the host's: {host}")
 
@@ -1400,15 +1400,27 @@ def enter_root(container):
     See man 2 pivot_root. Look: cat /proc/PID/mountinfo
     """
     if "pivot_root" not in container.parts:
-        tell("chroot . && cd /", by_hand="# (A shell does that last.)")
+        tell("chroot . && cd /", by_hand="# (unshare --root does it, at the end: until then a shell needs its tools.)")
         os.chroot(".")
     else:
         # The old root comes to lie on top of the new one, so that no directory need be made for it.
-        tell("pivot_root . . && umount -l . && cd /", by_hand="# (A shell does that last.)")
+        tell("pivot_root . . && umount -l . && cd /", by_hand="# (Further down: until then a shell needs its tools.)")
         call("pivot_root", ".", ".")
         call("umount2", ".", MNT_DETACH)
     os.chdir("/")
     sys.meta_path = []  # an import would now run the image's own /usr/lib/python3
+
+def pivot_by_hand(container):
+    """A script's tools lie in the old root, so it lets go of that only now. Till here its paths were relative."""
+    if story.script and "pivot_root" in container.parts:
+        rootfs = shlex.quote(f"{container.directory}/rootfs")
+        narrate("■ pivot_root, from a shell that takes a second view of the old root as its own meanwhile", [])
+        tell("mkdir ../host")
+        tell("mount --rbind / ../host")
+        tell("unshare --root=../host --wd=.", wraps=True)
+        tell(f"nsenter --mount=/proc/self/ns/mnt pivot_root {rootfs} {rootfs}")
+        tell("nsenter --mount=/proc/self/ns/mnt umount -l /")
+        story.script.chain = []
 
 @step()
 def mount_kernel_filesystems(container):
@@ -1456,9 +1468,9 @@ def unpack_parcels(container, parcels):
     See man 2 move_mount.
     """
     for handle, source, target, read_only in parcels:
-        target = os.path.realpath(target).lstrip("/")  # also where a dangling symlink points
+        target = "." + os.path.realpath(target)  # also where a dangling symlink points
         directory = stat.S_ISDIR(os.fstat(handle).st_mode)
-        make_directory(target if directory else os.path.dirname(target) or ".")
+        make_directory(target if directory else os.path.dirname(target))
         if not os.path.exists(target):
             write_text(target, "")
         tell(shlex.join(["mount", "--rbind", source, target]))
@@ -1476,10 +1488,12 @@ def mask_paths(container):
     What could change the machine is bound over itself read-only; what tells too much is covered.
     See OCI runtime-spec config-linux.md, "Masked Paths".
     """
-    for path in () if container.privileged else filter(os.path.exists, READ_ONLY):
+    if container.privileged:
+        return
+    for path in filter(os.path.exists, READ_ONLY):
         mount(path, path, "", MS_BIND | MS_REC)
         mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    for path in () if container.privileged else filter(os.path.exists, MASKED):
+    for path in filter(os.path.exists, MASKED):
         mount(*("tmpfs", path, "tmpfs", MS_RDONLY) if os.path.isdir(path) else ("dev/null", path, "", MS_BIND))
 
 def copy_metadata(source, target):
@@ -1886,7 +1900,6 @@ def delete_cgroup(directory):
     """End what is still in it, and remove it. The kernel may need a moment to let the dead go."""
     deadline = time.monotonic() + 5
     while os.path.isdir(directory):
-        end_members(directory)
         try:
             if os.path.exists(f"{directory}/memory.force_empty"):  # v1 keeps a group for its cached pages' sake
                 write_kernel_file(f"{directory}/memory.force_empty", 0)
@@ -1895,6 +1908,7 @@ def delete_cgroup(directory):
         except (OSError, MockerError):
             if time.monotonic() > deadline:
                 raise
+            end_members(directory)
             time.sleep(0.005)
 
 def end_members(directory):
@@ -1902,8 +1916,8 @@ def end_members(directory):
     for pid in members:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
-    if members:
-        tell(f"kill -9 $(cat {directory}/cgroup.procs) || true")
+    if members or story.script:
+        tell(f"xargs -r kill -9 < {directory}/cgroup.procs")
 
 # ═══ Its privileges: user, capabilities, system calls ════════════════════════════════════════════
 
@@ -2163,30 +2177,48 @@ def perform(container):
         create_container(container, undo)
         create_cgroup(container, undo)
         create_network(container, undo)
+        write_etc(container)
         start(container)
         status = attend(container)
         say("Finalizing")
     say("done")
     return status
 
-def rehearse(container):
-    """--by-hand: all but the program itself. What the steps told on the way is printed, as a script for sh."""
-    missing = {"SETUID", "SETGID", "SYS_CHROOT"} - {*container.capabilities}
-    check(not missing, f"--by-hand needs {', '.join(missing)} to the last, for setpriv(1) and unshare(1): keep them")
-    container.remove, container.terminal, container.takes_stdin = True, False, False  # it has those of the script
-    story.level, story.script = QUIET, Script(SCRIPT_HEADER, container.id)
-    status = perform(container)
-    if status == 0:
-        story.script.write("exit $status")
-    return status
-
 SCRIPT_HEADER = """\
 #!/bin/sh
-# The container that `mocker run` makes, by hand: with util-linux, iproute2, nft and coreutils alone.
-# For root on this machine, as it is now. If it fails on the way, run the lines under "The end".
+# The container that `mocker run` makes, by hand: with util-linux, iproute2, coreutils, and nft or iptables.
+# But without a seccomp filter, for which there is no command; and in the terminal's session.
+# For root on this machine as it is now: no other container ran. If it fails, run the lines under "The end".
 set -e
 umask 022
-status=0"""
+status=0
+trap : INT TERM HUP  # what is made is undone, too
+{  # should this come by stdin, a shell now reads all of it before the program does"""
+
+# What the C library of this machine's own tools obeys (man 8 ld.so, "Secure-execution mode")
+OBEYED = "LD_|GLIBC_|GCONV_PATH|GETCONF_DIR|LOCPATH|MALLOC_|NLSPATH|RESOLV_|TZDIR"
+
+def rehearse(container):
+    """--by-hand: all of it but the program itself; what was told on the way is printed, once it is undone.
+
+    The child adds what makes the container and writes that to its stdout, here a file; the end is ours.
+    """
+    missing = sorted({"SETUID", "SETGID", "SYS_CHROOT"} - {*container.capabilities}) * ("caps" in container.parts)
+    check(not missing, f"--by-hand needs {', '.join(missing)} to the last, for setpriv(1) and unshare(1): keep them")
+    for name in container.environment:
+        check(not re.match(OBEYED, name), f"--by-hand: unshare(1) would obey {name}, too: leave it out with -e {name}")
+    container.remove, container.terminal, container.takes_stdin = True, False, False
+    stdout, text = os.dup(1), os.memfd_create("script")
+    os.dup2(text, 1)
+    story.level, story.script = QUIET, Script(SCRIPT_HEADER, container.id)
+    status = perform(container)
+    story.script.add("exit $status\n}")
+    raw = os.pread(text, os.fstat(text).st_size, 0) + story.script.encoded()
+    if os.isatty(stdout):
+        raw = "\n".join(map(printable, raw.decode(errors="replace").split("\n"))).encode()
+    if status == 0:
+        write_all(stdout, raw)
+    return status
 
 @explained(OSError, "{}: something in the image is in the way")
 def inside(container):
@@ -2362,20 +2394,19 @@ def start(container):
     namespace. When number 1 ends, the kernel ends all the others in there: nothing survives.
     See man 7 pid_namespaces. Look: ps -ef --forest
     """
-    write_etc(container)
     container.wire, inner = socket.socketpair()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # the child must not run our handlers
     with coming_back("pid_for_children", CLONE_NEWPID), inner:
         if "pid" in container.parts:
             unshare(CLONE_NEWPID, ["pid", "fork"])
         else:
-            tell("fork", wraps=True, by_hand="")
+            tell("fork", wraps=True, by_hand="env")
         mocker, container.pid = os.getpid(), os.fork()
         if container.pid == 0:
             go_inside(container, inner, mocker)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     if story.script:
-        story.script = Script("\n# ■ The end\nset +e", container.id)  # the child goes on with the other
+        story.script = Script("\n# ■ The end\nset +e", container.id)  # the other is the child's
 
 def go_inside(container, wire, mocker):
     """The child's whole life; it never returns."""
@@ -2425,10 +2456,16 @@ def open_streams(container):
 
 def enter_working_directory(container):
     """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else."""
-    make_directory(container.working_directory.lstrip("/") or ".")
+    make_directory("." + os.path.realpath(container.working_directory))
     if container.read_only:
         mount("none", ".", "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY)
     os.chdir(container.working_directory)
+
+def program_by_hand(container):
+    """As execute does it, for a script: unshare looks for the program in $PATH, in the new root."""
+    variables = shlex.join(f"{name}={value}" for name, value in container.environment.items())
+    return (f'env -i -- {variables} "$(command -v unshare)" --root=. --wd={shlex.quote(os.getcwd())} '
+            f"--setuid={os.getuid()} -- {shlex.join(container.arguments)}")
 
 @step()
 def execute(container):
@@ -2440,38 +2477,23 @@ def execute(container):
     """
     name, path = container.arguments[0], container.environment.get("PATH")
     places = [os.path.join(folder or ".", name) for folder in path.split(":")] if path else []
-    found = [place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)]
+    places = [place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)]
+    places = [name] if "/" in name else places
     try:
-        if "/" not in name and not found:
+        if not places:
             raise FileNotFoundError(errno.ENOENT, "not found in $PATH")
         if story.script:
-            return story.script.write_with(by_hand(container))
+            os.stat(places[0])
+            story.script.end_with(program_by_hand(container))
+            return write_all(1, story.script.encoded())
         say(f'Running "{" ".join(container.arguments)}"')
         for variable, value in container.environment.items():
             say(f"Setting ENV {variable}={value}")
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # which Python had ignored
-        os.execve(name if "/" in name else found[0], container.arguments, container.environment)
+        os.execve(places[0], container.arguments, container.environment)
     except OSError as error:  # as a shell: 127 if it, or its interpreter, is not there; 126 if it can't be run
         raise MockerError(f'exec "{name}": {error.strerror}: look into the image, or give another command',
                           127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126) from None
-
-def pivot_by_hand(container):
-    """A script's tools lie in the old root, so it lets go of that only now. Till here its paths were relative."""
-    if story.script and "pivot_root" in container.parts:
-        rootfs = shlex.quote(f"{container.directory}/rootfs")
-        narrate("■ pivot_root, from a shell that takes a second view of the old root as its own meanwhile", [])
-        tell("mkdir ../host")
-        tell("mount --rbind / ../host")
-        tell("unshare --root=../host --wd=.", wraps=True)
-        tell(f"nsenter --mount=/proc/self/ns/mnt pivot_root {rootfs} {rootfs}")
-        tell("nsenter --mount=/proc/self/ns/mnt umount -l /")
-        story.script.chain = []
-
-def by_hand(container):
-    """As execute does it, for a script: unshare looks for the program in $PATH, in the new root."""
-    variables = [f"{name}={value}" for name, value in container.environment.items()]
-    return (f'env -i {shlex.join(variables)} "$(command -v unshare)" --root=. --wd={shlex.quote(os.getcwd())} '
-            f"--setuid={os.getuid()} -- {shlex.join(container.arguments)}")
 
 # ── Its parent: streams, signals, the end ──────────────────────────────────────────────────────────
 
@@ -2486,8 +2508,9 @@ def attend(container):
             outputs = start_relays(container, streams)
             forward_signals(handle, terminal)
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
-            for directory in container.cgroups:  # without a pid namespace, its children are still there
-                end_members(directory)
+            if "pid" not in container.parts:  # then its children are still there
+                for directory in container.cgroups:
+                    end_members(directory)
             for thread in outputs:
                 thread.join()
     except BaseException:  # a fault or a signal: it must not go on without us

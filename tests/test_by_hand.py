@@ -7,6 +7,7 @@ import subprocess
 import host
 import pytest
 from containers import free_port, one_line
+from images import folder, symlink
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="containers need root"),
@@ -153,3 +154,68 @@ def test_what_the_rehearsal_finds_out(run):
     """What run would refuse, it refuses, and prints no half of a script."""
     one_line(run("--by-hand", "busybox", "none"), "none", status=127)
     one_line(run("--by-hand", "--network=nothing", "busybox", "true"), "--network")
+
+
+MARK = "/tmp/mocker-was-here"
+
+
+@pytest.mark.parametrize("config", [
+    {"Env": ["PATH", "HOSTNAME", f"-S/bin/sh -c 'touch {MARK}' ="]},
+    {"Env": [f"A=\nINSIDE_0\ntouch {MARK}\nINSIDE_0_00000000\ntouch {MARK}"]},
+    {"WorkingDir": f"/y\nINSIDE_0\ntouch {MARK}"},
+    {"WorkingDir": "/-m777/x"},
+    {"WorkingDir": "/to-tmp/mocker-was-here"},
+    {"Entrypoint": ["/bin/ls", "-x", f"\nINSIDE_1\ntouch {MARK}"]},
+], ids=str)  # fmt: skip
+def test_an_image_runs_nothing_on_the_host(config, image, run, by_hand):
+    name = image({"Cmd": ["/bin/sh", "-c", "env; pwd; ls -d /to-tmp/"], **config},
+                 [symlink("to-tmp", "/tmp"), symlink("etc/hosts", f"/x\nINSIDE_0\ntouch {MARK}"), folder("-m777")])
+    options = ["--hostname=box", "--network=none"]
+    ours, theirs = run("--rm", *options, name), by_hand(*options, name)
+    assert (theirs.stdout, theirs.returncode) == (ours.stdout, ours.returncode)
+    assert not os.path.exists(MARK)
+
+
+def test_what_the_host_s_loader_would_obey_is_refused(image, run):
+    name = image({"Env": ["LD_PRELOAD=./evil.so"], "Cmd": ["true"]})
+    one_line(run("--by-hand", name), "LD_PRELOAD", "-e LD_PRELOAD")
+    assert run("--by-hand", "-e", "LD_PRELOAD", name).returncode == 0
+
+
+def test_it_may_come_by_stdin(store):
+    """Nothing of it is out before all is undone; and the program gets none of it, wherever a block of it ends."""
+    for padding in range(0, 8192, 2000):
+        mocker = store.command(["run", "-q", "--by-hand", "-e", f"A={'x' * padding}", "busybox", "cat"])
+        done = subprocess.run(f"{' '.join(mocker)} | sh", shell=True, capture_output=True, text=True, env=store.env,
+                              stdin=subprocess.DEVNULL, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_store_with_an_odd_name(mocker, registry, tmp_path):
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    (volume / "file").write_text("kept")
+    env = {"MOCKER_HOME": str(tmp_path / "a b'c")}
+    words = ["--by-hand", "--only=chroot", "-v", f"{volume}:/v", "busybox", "cat", "/v/file"]
+    (tmp_path / "by-hand").write_text(mocker("run", "-q", *words, env=env, check=True).stdout)
+    done = perform(tmp_path / "by-hand")
+    assert (done.stdout, done.stderr, done.returncode) == ("kept", "", 0)
+    assert (volume / "file").read_text() == "kept"
+
+
+def test_what_it_leaves_running_is_ended(by_hand):
+    before = host.snapshot()
+    assert by_hand("--without=pid", "busybox", "sh", "-c", "sleep 77 & sleep 77 &").returncode == 0
+    assert host.settled_difference(before) == []
+
+
+def test_a_script_that_is_stopped_undoes_all(run, tmp_path):
+    before = host.snapshot()
+    (tmp_path / "by-hand").write_text(run("--by-hand", "busybox", "sh", "-c", "echo ready; sleep 1; exit 3").stdout)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(["sh", tmp_path / "by-hand"], **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert process.wait(30) == 3
+    process.stdout.close()
+    assert host.settled_difference(before) == []
