@@ -4,6 +4,7 @@ import re
 import shlex
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -42,15 +43,47 @@ def normal(text):
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
-def test_the_readme_s_commands_print_what_it_shows(hub, mocker, tmp_path):
+@pytest.fixture
+def talk(hub, mocker, tmp_path):
+    """talk(command, ...): as the README has it, in a checkout."""
     here = tmp_path / "checkout"
     here.mkdir()
     (here / "mocker.py").write_text(f'#!/bin/sh\nexec {shlex.join(mocker.command([]))} "$@"\n')
     (here / "mocker.py").chmod(0o755)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = {**mocker.env, "MOCKER_HUB": hub.url}
+    return lambda command, **more: subprocess.Popen(command, cwd=here, env=env, **{**pipes, "shell": True, **more})
+
+
+def test_the_readme_s_commands_print_what_it_shows(talk):
     for command, shown in transcripts():
-        done = subprocess.run(command, shell=True, cwd=here, env={**mocker.env, "MOCKER_HUB": hub.url}, text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
-        assert normal(done.stdout) == normal(shown), command
+        assert normal(talk(command).communicate(timeout=120)[0]) == normal(shown), command
+
+
+def test_the_speaker_s_commands(talk, store):
+    """Those without a transcript: in a terminal, with the speaker at its keys, and a second one."""
+    commands = re.findall(r"^    (?:\$ )?(\./mocker\.py .*?)(?: +#.*)?$", README.read_text(), re.MULTILINE)
+    step, inspect, compare, clean = [command for command in commands if "--help" not in command]
+    with talk(["script", "-qefc", step, "/dev/null"], shell=False, stdin=subprocess.PIPE) as speaker:
+        for _ in range(300):
+            speaker.stdin.write("exit\r")  # which goes on at each step, and ends the shell
+            speaker.stdin.flush()
+            seen = talk(inspect).communicate(timeout=60)[0]
+            if "seccomp" in seen:
+                break
+        assert "box" in seen and "seccomp" in seen
+        while speaker.poll() is None:
+            speaker.stdin.write("exit\r")
+            speaker.stdin.flush()
+            time.sleep(0.3)
+        assert speaker.returncode == 0
+        assert speaker.stdout.read().count("■ ") > 12
+    assert "may mount" in talk(compare).communicate(timeout=120)[0]
+    assert "mocker run" in talk("./mocker.py run --help").communicate(timeout=60)[0]
+    assert re.match("ok +kernel", talk("./mocker.py doctor").communicate(timeout=60)[0])
+    talk("./mocker.py run -q --name=kept busybox true").communicate(timeout=60)
+    assert "removed kept" in talk(clean).communicate(timeout=60)[0]
+    assert not list(store.home.glob("containers/*"))
 
 
 @pytest.mark.parametrize("command", ["tests/demo", "tests/all"])
