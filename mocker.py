@@ -1771,17 +1771,15 @@ def pass_on(directory):
     # like the root is none, and has some: they move aside, as Docker's own docker-in-docker does it.
     if missing and os.path.exists(f"{directory}/cgroup.type") and read_kernel_file(f"{directory}/cgroup.procs"):
         make_shared_directory(aside)
-        HOST.note(move_processes, aside, directory)
-        move_processes(directory, aside)
+        HOST.note(run_tool, moving(aside, directory))
+        run_tool(moving(directory, aside))
     if missing:
         HOST.note(restore_file, passed, " ".join(f"-{name}" for name in missing))
         write_kernel_file(passed, " ".join(f"+{name}" for name in missing))
 
-def move_processes(source, target):
-    for pid in read_kernel_file(f"{source}/cgroup.procs").split():
-        with contextlib.suppress(OSError), open(f"{target}/cgroup.procs", "w") as file:  # it may have ended
-            file.write(pid)
-    tell(f"for pid in $(cat {source}/cgroup.procs); do echo $pid > {target}/cgroup.procs || true; done")
+def moving(source, target):
+    """The command that moves all processes; one may have ended meanwhile."""
+    return ["sh", "-c", f"for pid in $(cat {source}/cgroup.procs); do echo $pid >{target}/cgroup.procs; done; true"]
 
 def groups_v1(id):
     """One in each tree, but cpuset's, whose groups take nobody until told which CPUs, and v2's of a hybrid machine."""
