@@ -1612,7 +1612,8 @@ def create_bridge():
                IFLA_GROUP=GROUP, IFLA_ADDRESS=MAC, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
     add_address(BRIDGE, f"{subnet}.1")
     write_kernel_file(forward, "1")
-    open_way_out(subnet)
+    add_nat(subnet)
+    join_docker()
     return subnet
 
 def delete_network(id, address):
@@ -1663,16 +1664,29 @@ def nat_rules(owner):
     rules = re.findall(rf"^\s*(.* dnat to .*|.* masquerade|.*--comment {owner}\b.*)$", listed, re.M)
     return list(dict.fromkeys(rules))  # of prerouting and output alike
 
-def open_way_out(subnet):
-    """What leaves the bridge goes out under the host's address, or the answers would not find back."""
-    rule = (f'type nat hook postrouting priority 100; ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
-            f"nat POSTROUTING -s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")
-    if not add_rules("mocker", [rule], HOST):
+def add_nat(subnet):
+    """What leaves the bridge goes out under the host's address, or the answers would not find back; and what comes
+    to a published port from this machine or from a neighbour, under the bridge's.
+
+    Nothing gets from a container to what listens to this machine alone: for published ports the bridge will
+    exchange packets with 127.0.0.1, and a container can make some by hand (CVE-2020-8558).
+    """
+    own, near = f"{subnet}.0/24", f"127.0.0.0/8,{subnet}.0/24"
+    back = f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }}'
+    rules = [(f'type filter hook prerouting priority -150; iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop',
+              f"mangle PREROUTING -i {BRIDGE} -d 127.0.0.0/8 -j DROP"),
+             (f'type nat hook postrouting priority 100; ip saddr {own} oifname != "{BRIDGE}" masquerade',
+              f"nat POSTROUTING -s {own} ! -o {BRIDGE} -j MASQUERADE"),
+             (f"type nat hook postrouting priority 100; {back} masquerade",
+              f"nat POSTROUTING -o {BRIDGE} -m conntrack --ctstate DNAT -s {near} -j MASQUERADE")]
+    if not add_rules("mocker", rules, HOST):
         say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
+
+def join_docker():
+    """Where Docker is, it forwards nothing but its own."""
     # The older iptables would make a table by looking at it, and never remove it.
     for tool in IPTABLES if "filter" in read_kernel_file("/proc/net/ip_tables_names") else IPTABLES[:1]:
         if "-P FORWARD DROP" in (ask_tool([tool, "-w", "-S", "FORWARD"]) or ""):
-            # Docker is here, and forwards nothing but its own.
             rules = [("", f"filter FORWARD {way} {BRIDGE} -j ACCEPT") for way in ("-i", "-o")]
             add_iptables(tool, "mocker", rules, HOST.note)
 
@@ -1690,25 +1704,11 @@ def publish_ports(container, undo):
                    f"fib daddr type local ip daddr {at} {protocol} dport {outer} dnat to {to}",
                    f"nat {hook.upper()} -m addrtype --dst-type LOCAL -d {at} "
                    f"-p {protocol} --dport {outer} -j DNAT --to-destination {to}") for hook in ("prerouting", "output")]
-    check(not rules or (open_way_in(container.gateway) and add_rules(f"mocker_{container.id}", rules, undo)),
-          "ports can't be published, since neither nft nor iptables works here: install nftables")
-
-def open_way_in(gateway):
-    """For this machine and for a neighbour, to whom the answers come back only through the bridge's own address.
-
-    From 127.0.0.1 a packet may leave by the bridge only if the bridge says so. Then one may come in, too, made by
-    hand in a container, to what listens to this machine alone (CVE-2020-8558): it is dropped.
-    """
-    switch, near = f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", f"127.0.0.0/8,{gateway}/24"
-    way = f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }}'
-    rules = [(f'type filter hook prerouting priority -150; iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop',
-              f"mangle PREROUTING -i {BRIDGE} -d 127.0.0.0/8 -j DROP"),
-             (f"type nat hook postrouting priority 100; {way} masquerade",
-              f"nat POSTROUTING -o {BRIDGE} -m conntrack --ctstate DNAT -s {near} -j MASQUERADE")]
-    opened = read_kernel_file(switch) == "1" or add_rules("mocker", rules, HOST)
-    if opened:
-        write_kernel_file(switch, "1")
-    return opened
+    if rules:
+        check(nat_rules("mocker") and add_rules(f"mocker_{container.id}", rules, undo),
+              "ports can't be published, since neither nft nor iptables works here: install nftables")
+        # From 127.0.0.1 a packet may leave by the bridge only if the bridge says so.
+        write_kernel_file(f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", "1")
 
 # ═══ Its cgroup: how much it may use ═════════════════════════════════════════════════════════════
 #
