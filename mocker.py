@@ -1613,7 +1613,7 @@ def create_bridge():
     add_address(BRIDGE, f"{subnet}.1")
     write_kernel_file(forward, "1")
     add_nat(subnet)
-    join_docker()
+    forward_beside_docker()
     return subnet
 
 def delete_network(id, address):
@@ -1682,8 +1682,8 @@ def add_nat(subnet):
     if not add_rules("mocker", rules, HOST):
         say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
 
-def join_docker():
-    """Where Docker is, it forwards nothing but its own."""
+def forward_beside_docker():
+    """Where Docker is, this machine forwards nothing but Docker's own, or what is allowed by name."""
     # The older iptables would make a table by looking at it, and never remove it.
     for tool in IPTABLES if "filter" in read_kernel_file("/proc/net/ip_tables_names") else IPTABLES[:1]:
         if "-P FORWARD DROP" in (ask_tool([tool, "-w", "-S", "FORWARD"]) or ""):
