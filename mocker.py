@@ -1665,20 +1665,15 @@ def nat_rules(owner):
     return list(dict.fromkeys(rules))  # of prerouting and output alike
 
 def add_nat(subnet):
-    """What leaves the bridge goes out under the host's address, or the answers would not find back; and what comes
-    to a published port from this machine or from a neighbour, under the bridge's.
+    """What leaves the bridge goes out under the host's address, or the answers would not find back.
 
-    Nothing gets from a container to what listens to this machine alone: for published ports the bridge will
+    And nothing gets from a container to what listens to this machine alone: for published ports the bridge will
     exchange packets with 127.0.0.1, and a container can make some by hand (CVE-2020-8558).
     """
-    own, near = f"{subnet}.0/24", f"127.0.0.0/8,{subnet}.0/24"
-    back = f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }}'
     rules = [(f'type filter hook prerouting priority -150; iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop',
               f"mangle PREROUTING -i {BRIDGE} -d 127.0.0.0/8 -j DROP"),
-             (f'type nat hook postrouting priority 100; ip saddr {own} oifname != "{BRIDGE}" masquerade',
-              f"nat POSTROUTING -s {own} ! -o {BRIDGE} -j MASQUERADE"),
-             (f"type nat hook postrouting priority 100; {back} masquerade",
-              f"nat POSTROUTING -o {BRIDGE} -m conntrack --ctstate DNAT -s {near} -j MASQUERADE")]
+             (f'type nat hook postrouting priority 100; ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
+              f"nat POSTROUTING -s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")]
     if not add_rules("mocker", rules, HOST):
         say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
 
@@ -1705,6 +1700,11 @@ def publish_ports(container, undo):
                    f"nat {hook.upper()} -m addrtype --dst-type LOCAL -d {at} "
                    f"-p {protocol} --dport {outer} -j DNAT --to-destination {to}") for hook in ("prerouting", "output")]
     if rules:
+        # This machine and a neighbour come under the bridge's address: else the answer would pass it by.
+        near = f"127.0.0.0/8,{container.gateway}/24"
+        way = f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }}'
+        rules.append((f"type nat hook postrouting priority 100; {way} masquerade",
+                      f"nat POSTROUTING -o {BRIDGE} -m conntrack --ctstate DNAT -s {near} -j MASQUERADE"))
         check(nat_rules("mocker") and add_rules(f"mocker_{container.id}", rules, undo),
               "ports can't be published, since neither nft nor iptables works here: install nftables")
         # From 127.0.0.1 a packet may leave by the bridge only if the bridge says so.
