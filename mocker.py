@@ -1677,7 +1677,8 @@ def create_bridge():
                IFLA_GROUP=GROUP, IFLA_ADDRESS=MAC, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
     add_address(BRIDGE, f"{subnet}.1")
     write_kernel_file(forward, "1")
-    open_way_out(subnet)
+    add_nat(subnet)
+    forward_beside_docker()
     return subnet
 
 def delete_network(id, address):
@@ -1728,16 +1729,24 @@ def nat_rules(owner):
     rules = re.findall(rf"^\s*(.* dnat to .*|.* masquerade|.*--comment {owner}\b.*)$", listed, re.M)
     return list(dict.fromkeys(rules))  # of prerouting and output alike
 
-def open_way_out(subnet):
-    """What leaves the bridge goes out under the host's address, or the answers would not find back."""
-    rule = (f'type nat hook postrouting priority 100; ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
-            f"nat POSTROUTING -s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")
-    if not add_rules("mocker", [rule], HOST):
+def add_nat(subnet):
+    """What leaves the bridge goes out under the host's address, or the answers would not find back.
+
+    And nothing gets from a container to what listens to this machine alone: for published ports the bridge will
+    exchange packets with 127.0.0.1, and a container can make some by hand (CVE-2020-8558).
+    """
+    rules = [(f'type filter hook prerouting priority -150; iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop',
+              f"mangle PREROUTING -i {BRIDGE} -d 127.0.0.0/8 -j DROP"),
+             (f'type nat hook postrouting priority 100; ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
+              f"nat POSTROUTING -s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")]
+    if not add_rules("mocker", rules, HOST):
         say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
+
+def forward_beside_docker():
+    """Where Docker is, this machine forwards nothing but Docker's own, or what is allowed by name."""
     # The older iptables would make a table by looking at it, and never remove it.
     for tool in IPTABLES if "filter" in read_kernel_file("/proc/net/ip_tables_names") else IPTABLES[:1]:
         if "-P FORWARD DROP" in (ask_tool([tool, "-w", "-S", "FORWARD"]) or ""):
-            # Docker is here, and forwards nothing but its own.
             rules = [("", f"filter FORWARD {way} {BRIDGE} -j ACCEPT") for way in ("-i", "-o")]
             add_iptables(tool, "mocker", rules, HOST.note)
 
@@ -1755,25 +1764,16 @@ def publish_ports(container, undo):
                    f"fib daddr type local ip daddr {at} {protocol} dport {outer} dnat to {to}",
                    f"nat {hook.upper()} -m addrtype --dst-type LOCAL -d {at} "
                    f"-p {protocol} --dport {outer} -j DNAT --to-destination {to}") for hook in ("prerouting", "output")]
-    check(not rules or (open_way_in(container.gateway) and add_rules(f"mocker_{container.id}", rules, undo)),
-          "ports can't be published, since neither nft nor iptables works here: install nftables")
-
-def open_way_in(gateway):
-    """For this machine and for a neighbour, to whom the answers come back only through the bridge's own address.
-
-    From 127.0.0.1 a packet may leave by the bridge only if the bridge says so. Then one may come in, too, made by
-    hand in a container, to what listens to this machine alone (CVE-2020-8558): it is dropped.
-    """
-    switch, near = f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", f"127.0.0.0/8,{gateway}/24"
-    way = f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }}'
-    rules = [(f'type filter hook prerouting priority -150; iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop',
-              f"mangle PREROUTING -i {BRIDGE} -d 127.0.0.0/8 -j DROP"),
-             (f"type nat hook postrouting priority 100; {way} masquerade",
-              f"nat POSTROUTING -o {BRIDGE} -m conntrack --ctstate DNAT -s {near} -j MASQUERADE")]
-    opened = read_kernel_file(switch) == "1" or add_rules("mocker", rules, HOST)
-    if opened:
-        write_kernel_file(switch, "1")
-    return opened
+    if rules:
+        # This machine and a neighbour come under the bridge's address: else the answer would pass it by.
+        near = f"127.0.0.0/8,{container.gateway}/24"
+        way = f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }}'
+        rules.append((f"type nat hook postrouting priority 100; {way} masquerade",
+                      f"nat POSTROUTING -o {BRIDGE} -m conntrack --ctstate DNAT -s {near} -j MASQUERADE"))
+        check(nat_rules("mocker") and add_rules(f"mocker_{container.id}", rules, undo),
+              "ports can't be published, since neither nft nor iptables works here: install nftables")
+        # From 127.0.0.1 a packet may leave by the bridge only if the bridge says so.
+        write_kernel_file(f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", "1")
 
 # ═══ Its cgroup: how much it may use ═════════════════════════════════════════════════════════════
 #
@@ -1836,17 +1836,15 @@ def pass_on(directory):
     # like the root is none, and has some: they move aside, as Docker's own docker-in-docker does it.
     if missing and os.path.exists(f"{directory}/cgroup.type") and read_kernel_file(f"{directory}/cgroup.procs"):
         make_shared_directory(aside)
-        HOST.note(move_processes, aside, directory)
-        move_processes(directory, aside)
+        HOST.note(run_tool, moving(aside, directory))
+        run_tool(moving(directory, aside))
     if missing:
         HOST.note(restore_file, passed, " ".join(f"-{name}" for name in missing))
         write_kernel_file(passed, " ".join(f"+{name}" for name in missing))
 
-def move_processes(source, target):
-    for pid in read_kernel_file(f"{source}/cgroup.procs").split():
-        with contextlib.suppress(OSError), open(f"{target}/cgroup.procs", "w") as file:  # it may have ended
-            file.write(pid)
-    tell(f"for pid in $(cat {source}/cgroup.procs); do echo $pid > {target}/cgroup.procs || true; done")
+def moving(source, target):
+    """The command that moves all processes; one may have ended meanwhile."""
+    return ["sh", "-c", f"for pid in $(cat {source}/cgroup.procs); do echo $pid >{target}/cgroup.procs; done; true"]
 
 def groups_v1(id):
     """One in each tree, but cpuset's, whose groups take nobody until told which CPUs, and v2's of a hybrid machine."""
