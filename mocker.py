@@ -897,18 +897,13 @@ def fetch_layer(reference, authorization, blob, partial):
     if not is_stored(blob):
         fetch_blob(Registry(reference, authorization), blob, partial)
 
-def wait_for(job, blobs, partial):
-    """A worker's job → its result. Meanwhile: [########                ] 12.3 of 153.9 MiB"""
-    while not futures.wait([job], 0.25).done:
+def draw_progress(blob, partial):
+    """[########                ] 12.3 of 153.9 MiB"""
+    with contextlib.suppress(FileNotFoundError):  # not begun, or just complete
+        count, total = os.path.getsize(os.path.join(partial, blob["digest"][7:])), blob["size"]
         if story.level >= PLAIN and os.isatty(2):
-            count, total = 0, sum(blob["size"] for blob in blobs)
-            for blob in blobs:
-                for path in blob_path(blob["digest"]), os.path.join(partial, blob["digest"][7:]):
-                    with contextlib.suppress(FileNotFoundError):
-                        count += os.path.getsize(path)
             bar = "#" * min(30, 30 * count // max(total, 1))
             os.write(2, f"\r[{bar:30}] {count / 2**20:.1f} of {total / 2**20:.1f} MiB ".encode())
-    return job.result()
 
 @contextlib.contextmanager
 def workers(count):
@@ -943,9 +938,11 @@ def fetch_layers(registry, layers, diff_ids, partial):
         for n in missing:
             digest = layers[n]["digest"]
             say(f"Fetching layer {digest}..")
-            wait_for(fetched[digest], blobs.values(), partial)
+            while not futures.wait([fetched[digest]], 0.25).done:
+                draw_progress(layers[n], partial)
+            fetched[digest].result()
             job = unpacker.submit(unpack_layer, digest, diff_ids[: n + 1], os.path.join(partial, str(n)))
-            for line in [f"- {name}" for name in wait_for(job, blobs.values(), partial)] + ["..."]:
+            for line in [f"- {name}" for name in job.result()] + ["..."]:
                 say(line)
 
 def pull_image(reference, platform=None):
