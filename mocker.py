@@ -665,11 +665,19 @@ def gunzip(file):
             piece = member.unconsumed_tail or member.unused_data
     check(member.eof, "a layer's gzip is cut off: pull again")
 
+def read_ahead(pieces):
+    """The same pieces; while one is used, a thread makes the next ones."""
+    thread = futures.ThreadPoolExecutor(1)
+    ready = collections.deque(thread.submit(next, pieces, None) for _ in range(8))
+    while (piece := ready.popleft().result()) is not None:
+        ready.append(thread.submit(next, pieces, None))
+        yield piece
+
 def inflate(file, diff_id):
     """The tar in a blob, piece by piece; bounded, and at its end checked against the diff_id."""
     algorithm, _, wanted = diff_id.partition(":")
     found, total = hashlib.new(algorithm), 0
-    for piece in decompressed(file):
+    for piece in read_ahead(decompressed(file)):
         found.update(piece)
         total += len(piece)
         check(total <= LAYER_LIMIT, f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, "
@@ -679,22 +687,16 @@ def inflate(file, diff_id):
     if not total:
         yield bytes(1024)  # no bytes at all are a tar of no files
 
-class ReadAhead:
-    """What a generator of bytes gives, as a file that is read from front to back; a thread is a few pieces ahead."""
+class TarStream:
+    """Pieces of a tar as a file that is read from front to back."""
 
     def __init__(self, pieces):
-        self.thread, self.pieces = futures.ThreadPoolExecutor(1), pieces
-        self.ready = collections.deque(self.thread.submit(next, pieces, None) for _ in range(8))
-        self.piece, self.position = io.BytesIO(), 0
-
-    def next_piece(self):
-        self.ready.append(self.thread.submit(next, self.pieces, None))
-        return self.ready.popleft().result()
+        self.pieces, self.piece, self.position = pieces, io.BytesIO(), 0
 
     def read(self, size):
         check(size <= 1 << 20, "a layer has a header without end: this image is broken")
         data = self.piece.read(size)
-        while len(data) < size and (piece := self.next_piece()) is not None:
+        while len(data) < size and (piece := next(self.pieces, None)) is not None:
             self.piece = io.BytesIO(piece)
             data += self.piece.read(size - len(data))
         self.last, self.position = data, self.position + len(data)
@@ -853,7 +855,7 @@ def unpack_layer(digest, diff_ids, directory):
     """
     *below, layer = map(layer_path, chain_ids(diff_ids))
     with damage_explained(), open(blob_path(digest), "rb") as blob:
-        file = ReadAhead(inflate(blob, diff_ids[-1]))
+        file = TarStream(inflate(blob, diff_ids[-1]))
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar)
         mount_overlay(below[::-1], directory)
