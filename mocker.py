@@ -691,11 +691,19 @@ def gunzip(file):
             piece = member.unconsumed_tail or member.unused_data
     check(member.eof, "a layer's gzip is cut off: pull again")
 
+def read_ahead(pieces):
+    """The same pieces; while one is used, a thread makes the next ones."""
+    thread = futures.ThreadPoolExecutor(1)
+    ready = collections.deque(thread.submit(next, pieces, None) for _ in range(8))
+    while (piece := ready.popleft().result()) is not None:
+        ready.append(thread.submit(next, pieces, None))
+        yield piece
+
 def inflate(file, diff_id):
     """The tar in a blob, piece by piece; bounded, and at its end checked against the diff_id."""
     algorithm, _, wanted = diff_id.partition(":")
     found, total = hashlib.new(algorithm), 0
-    for piece in decompressed(file):
+    for piece in read_ahead(decompressed(file)):
         found.update(piece)
         total += len(piece)
         check(total <= LAYER_LIMIT, f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, "
@@ -705,22 +713,16 @@ def inflate(file, diff_id):
     if not total:
         yield bytes(1024)  # no bytes at all are a tar of no files
 
-class ReadAhead:
-    """What a generator of bytes gives, as a file that is read from front to back; a thread is a few pieces ahead."""
+class TarStream:
+    """Pieces of a tar as a file that is read from front to back."""
 
     def __init__(self, pieces):
-        self.thread, self.pieces = futures.ThreadPoolExecutor(1), pieces
-        self.ready = collections.deque(self.thread.submit(next, pieces, None) for _ in range(8))
-        self.piece, self.position = io.BytesIO(), 0
-
-    def next_piece(self):
-        self.ready.append(self.thread.submit(next, self.pieces, None))
-        return self.ready.popleft().result()
+        self.pieces, self.piece, self.position = pieces, io.BytesIO(), 0
 
     def read(self, size):
         check(size <= 1 << 20, "a layer has a header without end: this image is broken")
         data = self.piece.read(size)
-        while len(data) < size and (piece := self.next_piece()) is not None:
+        while len(data) < size and (piece := next(self.pieces, None)) is not None:
             self.piece = io.BytesIO(piece)
             data += self.piece.read(size - len(data))
         self.last, self.position = data, self.position + len(data)
@@ -879,7 +881,7 @@ def unpack_layer(digest, diff_ids, directory):
     """
     *below, layer = map(layer_path, chain_ids(diff_ids))
     with damage_explained(), open(blob_path(digest), "rb") as blob:
-        file = ReadAhead(inflate(blob, diff_ids[-1]))
+        file = TarStream(inflate(blob, diff_ids[-1]))
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar)
         mount_overlay(below[::-1], directory)
@@ -923,18 +925,13 @@ def fetch_layer(reference, authorization, blob, partial):
     if not is_stored(blob):
         fetch_blob(Registry(reference, authorization), blob, partial)
 
-def wait_for(job, blobs, partial):
-    """A worker's job → its result. Meanwhile: [########                ] 12.3 of 153.9 MiB"""
-    while not futures.wait([job], 0.25).done:
+def draw_progress(blob, partial):
+    """[########                ] 12.3 of 153.9 MiB"""
+    with contextlib.suppress(FileNotFoundError):  # not begun, or just complete
+        count, total = os.path.getsize(os.path.join(partial, blob["digest"][7:])), blob["size"]
         if story.level >= PLAIN and os.isatty(2):
-            count, total = 0, sum(blob["size"] for blob in blobs)
-            for blob in blobs:
-                for path in blob_path(blob["digest"]), os.path.join(partial, blob["digest"][7:]):
-                    with contextlib.suppress(FileNotFoundError):
-                        count += os.path.getsize(path)
             bar = "#" * min(30, 30 * count // max(total, 1))
             os.write(2, f"\r[{bar:30}] {count / 2**20:.1f} of {total / 2**20:.1f} MiB ".encode())
-    return job.result()
 
 @contextlib.contextmanager
 def workers(count):
@@ -969,9 +966,11 @@ def fetch_layers(registry, layers, diff_ids, partial):
         for n in missing:
             digest = layers[n]["digest"]
             say(f"Fetching layer {digest}..")
-            wait_for(fetched[digest], blobs.values(), partial)
+            while not futures.wait([fetched[digest]], 0.25).done:
+                draw_progress(layers[n], partial)
+            fetched[digest].result()
             job = unpacker.submit(unpack_layer, digest, diff_ids[: n + 1], os.path.join(partial, str(n)))
-            for line in [f"- {name}" for name in wait_for(job, blobs.values(), partial)] + ["..."]:
+            for line in [f"- {name}" for name in job.result()] + ["..."]:
                 say(line)
 
 def pull_image(reference, platform=None):
