@@ -913,8 +913,7 @@ def be_worker(parent):
     die_with(parent)
     for stop in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(stop, signal.SIG_DFL)
-    if "SYS_ADMIN" in capabilities_of("CapEff"):  # doctor starts one without, too
-        unshare_mounts()
+    unshare_mounts()
 
 def is_stored(blob):
     path = blob_path(blob["digest"])
@@ -978,7 +977,7 @@ def pull_image(reference, platform=None):
     say(f"Fetching manifest for {str(reference).replace('library/', '', reference.host == DOCKER_HUB)}...")
     registry = Registry(reference)
     with partial_directory() as partial:
-        found = find_manifest(registry, platform or PLATFORMS.get(os.uname().machine, f"linux/{os.uname().machine}"))
+        found = find_manifest(registry, platform or PLATFORMS[os.uname().machine])
         config = fetch_config(registry, found["manifest"], partial)
         fetch_layers(registry, found["manifest"]["layers"], config["rootfs"]["diff_ids"], partial)
     with locked(HOME), contextlib.ExitStack() as undo:
