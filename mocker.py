@@ -3070,6 +3070,8 @@ COMMANDS = {command.__name__: command for command in (
 
 def dispatch(argv):
     """A command's docstring is its usage, for docopt as for you."""
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, interrupted)
     name, *words = argv or [""]
     function = COMMANDS.get(name)
     usage = re.sub(r"\n {4}", "\n", function.__doc__) if function else __doc__[__doc__.index("Usage:") :]
@@ -3121,8 +3123,6 @@ def main():
     while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed, as cron may do: nothing else may take its number
     os.close(handle)
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, interrupted)
     sys.exit(guarded(dispatch, argv))
 
 if __name__ == "__main__":
