@@ -555,7 +555,7 @@ def fetch_blob(registry, blob, partial):
 #  library_tomcat.json                      one stored manifest an image: what `images` lists
 #  layers/<chain id>/                       each layer unpacked once, as overlayfs wants it
 #  containers/<id>/                         config.json, log, upper/ (what the container wrote), …
-#  partial/<anything>/                      a pull under way; all of them share a lock on partial/
+#  partial/<anything>                       what is being made; whoever makes something shares a lock on partial/
 #
 #  All is made elsewhere and appears by rename(2): there is never half of anything.
 
@@ -582,16 +582,14 @@ def save_blob(raw, digest):
     return digest
 
 def write_file(path, content):
-    """Whole, or not at all: under a name of our own, then renamed."""
+    """Whole, or not at all: made elsewhere, then renamed. What a kill leaves there, the next pull clears away."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    mine = f"{path}.{os.getpid()}.new"
-    try:
-        with open(mine, "wb") as file:
+    with locked(store("partial"), fcntl.LOCK_SH), contextlib.ExitStack() as undo:
+        with open(store("partial", f"{os.urandom(6).hex()}.new"), "wb") as file:
+            undo.callback(os.unlink, file.name)
             file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode() + b"\n")
-        os.rename(mine, path)
-    except OSError:
-        os.unlink(mine)
-        raise
+        os.rename(file.name, path)
+        undo.pop_all()
 
 def need_disk():
     """Layers need whiteouts, and an overlay keeps those for itself; but what else is / inside docker? And a
@@ -691,19 +689,18 @@ def gunzip(file):
             piece = member.unconsumed_tail or member.unused_data
     check(member.eof, "a layer's gzip is cut off: pull again")
 
-def read_ahead(pieces):
+def read_ahead(pieces, thread):
     """The same pieces; while one is used, a thread makes the next ones."""
-    thread = futures.ThreadPoolExecutor(1)
     ready = collections.deque(thread.submit(next, pieces, None) for _ in range(8))
     while (piece := ready.popleft().result()) is not None:
         ready.append(thread.submit(next, pieces, None))
         yield piece
 
-def inflate(file, diff_id):
+def inflate(file, diff_id, thread):
     """The tar in a blob, piece by piece; bounded, and at its end checked against the diff_id."""
     algorithm, _, wanted = diff_id.partition(":")
     found, total = hashlib.new(algorithm), 0
-    for piece in read_ahead(decompressed(file)):
+    for piece in read_ahead(decompressed(file), thread):
         found.update(piece)
         total += len(piece)
         check(total <= LAYER_LIMIT, f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, "
@@ -880,8 +877,9 @@ def unpack_layer(digest, diff_ids, directory):
     whiteout removes becomes what overlayfs knows as one. → the first ten names
     """
     *below, layer = map(layer_path, chain_ids(diff_ids))
-    with damage_explained(), open(blob_path(digest), "rb") as blob:
-        file = TarStream(inflate(blob, diff_ids[-1]))
+    # (The thread ends outside: an older C library loads something to end one, and must not take it from the image.)
+    with damage_explained(), open(blob_path(digest), "rb") as blob, futures.ThreadPoolExecutor(1) as thread:
+        file = TarStream(inflate(blob, diff_ids[-1], thread))
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar)
         mount_overlay(below[::-1], directory)
@@ -1063,14 +1061,14 @@ def verify(arguments):
     return status
 
 def verify_layer(digest, diff_id):
-    with damage_explained(), open(blob_path(digest), "rb") as file:
+    with damage_explained(), open(blob_path(digest), "rb") as file, futures.ThreadPoolExecutor(1) as thread:
         try:
             check_digest(file, digest, f"blob {digest[:19]}…")
         except MockerError:
             os.unlink(file.name)  # so that the next pull fetches it again
             raise
         file.seek(0)
-        collections.deque(inflate(file, diff_id), maxlen=0)  # of which only the check at its end counts
+        collections.deque(inflate(file, diff_id, thread), maxlen=0)  # of which only the check at its end counts
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
 
@@ -1719,11 +1717,15 @@ def add_iptables(tool, owner, rules, note=lambda *undo: None):
             return False
     return True
 
+def iptables_with(table):
+    """Those that may have rules in a table. The older one would make it by looking at it, and never remove it."""
+    return IPTABLES if table in read_kernel_file("/proc/net/ip_tables_names").split() else IPTABLES[:1]
+
 def nat_rules(owner):
     """As nft or iptables lists them."""
     listed = ask_tool(["nft", "list", "table", "ip", owner])
     if listed is None:
-        listed = "".join(ask_tool([tool, "-w", "-t", "nat", "-S"]) or "" for tool in IPTABLES)
+        listed = "".join(ask_tool([tool, "-w", "-t", "nat", "-S"]) or "" for tool in iptables_with("nat"))
     rules = re.findall(rf"^\s*(.* dnat to .*|.* masquerade|.*--comment {owner}\b.*)$", listed, re.M)
     return list(dict.fromkeys(rules))  # of prerouting and output alike
 
@@ -1742,8 +1744,7 @@ def add_nat(subnet):
 
 def forward_beside_docker():
     """Where Docker is, this machine forwards nothing but Docker's own, or what is allowed by name."""
-    # The older iptables would make a table by looking at it, and never remove it.
-    for tool in IPTABLES if "filter" in read_kernel_file("/proc/net/ip_tables_names") else IPTABLES[:1]:
+    for tool in iptables_with("filter"):
         if "-P FORWARD DROP" in (ask_tool([tool, "-w", "-S", "FORWARD"]) or ""):
             rules = [("", f"filter FORWARD {way} {BRIDGE} -j ACCEPT") for way in ("-i", "-o")]
             add_iptables(tool, "mocker", rules, HOST.note)

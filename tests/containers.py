@@ -118,6 +118,18 @@ def host_as_before_all(pulled):
 
 
 @pytest.fixture(scope="session")
+def ip_netns():
+    """Where ip-netns(8), unlike mocker, mounts /run/netns and leaves it: scripts made by --by-hand use it."""
+    there, mounted = os.path.isdir("/run/netns"), os.path.ismount("/run/netns")
+    subprocess.run("ip netns add mocker-test && ip netns delete mocker-test", shell=True, check=True)
+    yield
+    if not mounted:
+        subprocess.run(["umount", "/run/netns"], check=True)
+    if not there:
+        os.rmdir("/run/netns")
+
+
+@pytest.fixture(scope="session")
 def pulled(registry, tmp_path_factory):
     """A store with the two small images, pulled once for all tests."""
     home = tmp_path_factory.mktemp("store")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 
 import host
@@ -11,7 +12,7 @@ from images import folder, symlink
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="containers need root"),
-    pytest.mark.usefixtures("host_as_before_all"),
+    pytest.mark.usefixtures("ip_netns", "host_as_before_all"),
 ]
 V2 = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
 
@@ -31,7 +32,13 @@ def by_hand(run, tmp_path):
 
 def perform(script, **options):
     return subprocess.run(["sh", script], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60,
-                          env={"PATH": os.environ["PATH"]}, **options)
+                          env={"PATH": os.environ["PATH"]}, preexec_fn=heed_signals, **options)
+
+
+def heed_signals():
+    """What a shell started in the background has made us ignore, a script would ignore, too."""
+    for number in signal.SIGINT, signal.SIGQUIT:
+        signal.signal(number, signal.SIG_DFL)
 
 
 LOOK = """

@@ -62,8 +62,7 @@ def test_the_groups_go_with_the_container(run, store):
 def test_all_of_it_on_other_cgroups(pulled, cgroups):
     """These tests again, in a kernel with others; its store is a copy in memory."""
     by_hand = "test_by_hand.py::test_limits 'test_by_hand.py::test_the_same_container[--read-only]'"
-    command = (f"cd {TESTS} && {sys.executable} -m pytest -q -p no:cacheprovider -c pytest.ini test_cgroup.py "
-               f"test_told.py {by_hand}")
+    command = f"cd {TESTS} && {sys.executable} -m pytest -q -p no:cacheprovider -c pytest.ini test_cgroup.py {by_hand}"
     with tempfile.TemporaryDirectory(dir="/var/tmp") as shared:  # the host's /tmp is not there
         subprocess.run(["cp", "-a", f"{pulled}/.", shared], check=True)  # not copytree: some files are sparse
         done = machine.uml(command, timeout=500, env={**os.environ, "MOCKER_TEST_INSIDE": shared}, cgroups=cgroups)

@@ -21,6 +21,7 @@ import oracle
 import pytest
 from conftest import MOCKER, Mocker
 from images import file, folder, symlink
+from test_by_hand import perform
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="containers need root"),
@@ -203,7 +204,7 @@ def differing(one, other):
 
 
 @pytest.fixture(scope="module")
-def engines(host_as_before_all, forks, tmp_path_factory):
+def engines(ip_netns, host_as_before_all, forks, tmp_path_factory):
     """Docker with a cgroup namespace, its default on v2; a store where user-mode-linux can see it."""
     with contextlib.ExitStack() as stack:
         docker = stack.enter_context(oracle.Docker("--default-cgroupns-mode=private", private_network=True))
@@ -283,7 +284,7 @@ def test_a_process_sees_the_same_in_a_container_made_by_hand(engines, setting, t
     words = [*["--hostname=box"] * ("hostname" not in setting), *SETTINGS[setting], "python", *PROBE, *ALL_BUT_SECCOMP]
     script = engines.mocker("run", "-q", "--by-hand", *words, check=True).stdout
     (tmp_path / "by-hand").write_text(script)
-    done = subprocess.run(["sh", tmp_path / "by-hand"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = perform(tmp_path / "by-hand")
     assert unnamed(differing(seen(engines.mocker("run", "-q", "--rm", *words)), seen(done)), BY_HAND) == {}
 
 
