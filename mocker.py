@@ -150,13 +150,16 @@ def step(part=None):
         @functools.wraps(function)
         def told(*arguments):
             left_out = part is not None and part not in arguments[0].parts
-            heading, _, *body = function.__doc__.rstrip().splitlines()
-            narrate(f"■ {heading}{' (left out)' * left_out}", [f"  {line.strip()}" for line in body])
+            heading, _, text = function.__doc__.partition("\n\n")
+            narrate(f"■ {heading}{' (left out)' * left_out}", re.split(r"\n\s+(?=See )", text))
             return None if left_out else function(*arguments)
         return told
     return decorate
 
-def narrate(heading, body):
+def narrate(heading, paragraphs=()):
+    """For a projector: 80 columns."""
+    lines = [line for text in paragraphs for line in textwrap.wrap(" ".join(text.split()), 76, break_on_hyphens=False)]
+    body = [f"  {line}" for line in lines]
     if story.level >= EXPLAIN:
         write_line("")
         write_line(heading, "heading")
@@ -1410,7 +1413,7 @@ def pivot_by_hand(container):
     """A script's tools lie in the old root, so it lets go of that only now. Till here its paths were relative."""
     if story.script and "pivot_root" in container.parts:
         rootfs = shlex.quote(f"{container.directory}/rootfs")
-        narrate("■ pivot_root, from a shell that takes a second view of the old root as its own meanwhile", [])
+        narrate("■ pivot_root, from a shell that takes a second view of the old root as its own meanwhile")
         tell("mkdir ../host")
         tell("mount --rbind / ../host")
         tell("unshare --root=../host --wd=.", wraps=True)
