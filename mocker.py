@@ -83,7 +83,7 @@ multiprocessing, requests, socket, tabulate, tarfile, termios, textwrap, tty, ur
 QUIET, PLAIN, EXPLAIN = range(3)
 
 class story:
-    """How much is told, and where to. stdout is the container's; all of this goes to stderr."""
+    """How much is told, and where to. stdout is the container's; all but a script goes to stderr."""
 
     level, output, style = PLAIN, 2, {}
     script = None  # with --by-hand: what is told goes in there
@@ -158,6 +158,8 @@ def step(part=None):
 
 def narrate(heading, paragraphs=()):
     """For a projector: 80 columns."""
+    if story.level < EXPLAIN and not story.script:
+        return
     lines = [line for text in paragraphs for line in textwrap.wrap(" ".join(text.split()), 76, break_on_hyphens=False)]
     body = [f"  {line}" for line in lines]
     if story.level >= EXPLAIN:
@@ -1228,7 +1230,8 @@ class Journal:
 
     /run/mocker/<id> is a container's, locked by its mocker: when that dies the kernel drops the lock,
     and the next mocker undoes what it says. /run/mocker/host is of what all containers share, for
-    the last one to undo. Each line is a function and its arguments: ["delete_cgroup", "1a2b3c4d"]
+    the last one to undo. Each line is a function and its arguments:
+    ["delete_cgroup", "/sys/fs/cgroup/mocker/1a2b3c4d"]
     """
 
     def __init__(self, name):
@@ -1448,9 +1451,9 @@ def mount_kernel_filesystems(container):
 def make_device(path, like):
     """A node as another one is: its type, its numbers, its mode."""
     mode, kind = stat.S_IMODE(like.st_mode), "b" if stat.S_ISBLK(like.st_mode) else "c"
-    tell(f"mknod -m {mode:o} {path} {kind} {os.major(like.st_rdev)} {os.minor(like.st_rdev)}")
     os.mknod(path, like.st_mode, like.st_rdev)
     os.chmod(path, mode)  # whatever the umask
+    tell(f"mknod -m {mode:o} {path} {kind} {os.major(like.st_rdev)} {os.minor(like.st_rdev)}")
 
 def mount_at(source, target, kind, flags, options=""):
     """At a directory that is made if it is missing; a symlink is refused, as by runc."""
@@ -1472,8 +1475,8 @@ def unpack_parcels(container, parcels):
         make_directory(target if directory else os.path.dirname(target))
         if not os.path.exists(target):
             write_text(target, "")
-        tell(shlex.join(["mount", "--rbind", source, target]))
         call("move_mount", handle, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH, what=target)
+        tell(shlex.join(["mount", "--rbind", source, target]))
         os.close(handle)
         mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY * read_only)
     # Last: while parcels are open, /proc/self/fd would lead a symlink of the image to them.
@@ -1497,12 +1500,12 @@ def mask_paths(container):
 
 def copy_metadata(source, target):
     """Owner, mode, times and xattrs, but for overlayfs' own."""
-    tell("; ".join(f"{tool} --reference={source} {target}" for tool in ("chown", "chmod", "touch")))
     shutil.chown(target, os.stat(source).st_uid, os.stat(source).st_gid)
     shutil.copystat(source, target)
     for name in os.listxattr(target):
         if name.startswith("trusted.overlay."):
             os.removexattr(target, name)
+    tell("; ".join(f"{tool} --reference={source} {target}" for tool in ("chown", "chmod", "touch")))
 
 def write_etc(container):
     """hosts, hostname and resolv.conf, as docker writes them, to be mounted over the image's."""
@@ -1701,17 +1704,19 @@ def delete_bridge():
 
 IPTABLES = "iptables", "iptables-legacy"  # mostly the first one is for nftables, which not every kernel has
 
-def add_rules(owner, rules, undo):
-    """Add (rule for nft, the same for iptables) under an owner's name. False if nothing can."""
-    undo.note(run_tool, ["nft", "delete", "table", "ip", owner])
-    return add_nft(owner, rules) or any(add_iptables(tool, owner, rules, undo.note) for tool in IPTABLES)
+def add_rules(owner, rules, note=lambda *undo: None):
+    """Add (rule for nft, the same for iptables) under an owner's name. → the tool that could, or None"""
+    note(run_tool, ["nft", "delete", "table", "ip", owner])
+    if add_nft(owner, rules):
+        return "nft"
+    return next((tool for tool in IPTABLES if add_iptables(tool, owner, rules, note)), None)
 
 def add_nft(owner, rules):
     """type nat hook output priority -100; … → chain output { type nat hook output priority -100; …; }"""
     chains = "".join(f"chain {rule.split()[3]} {{ {rule}; }}; " for rule, _ in rules)
     return run_tool(["nft", f"table ip {owner} {{ {chains}}}"]) is not None
 
-def add_iptables(tool, owner, rules, note=lambda *undo: None):
+def add_iptables(tool, owner, rules, note):
     """nat OUTPUT … → iptables -t nat -I OUTPUT …, with the owner's name in a comment. Each notes its own deletion."""
     for _, rule in rules:
         table, *rest = [*rule.split(), "-m", "comment", "--comment", owner]
@@ -1742,7 +1747,7 @@ def add_nat(subnet):
               f"mangle PREROUTING -i {BRIDGE} -d 127.0.0.0/8 -j DROP"),
              (f'type nat hook postrouting priority 100; ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
               f"nat POSTROUTING -s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")]
-    if not add_rules("mocker", rules, HOST):
+    if not add_rules("mocker", rules, HOST.note):
         say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
 
 def forward_beside_docker():
@@ -1772,7 +1777,7 @@ def publish_ports(container, undo):
         way = f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }}'
         rules.append((f"type nat hook postrouting priority 100; {way} masquerade",
                       f"nat POSTROUTING -o {BRIDGE} -m conntrack --ctstate DNAT -s {near} -j MASQUERADE"))
-        check(nat_rules("mocker") and add_rules(f"mocker_{container.id}", rules, undo),
+        check(nat_rules("mocker") and add_rules(f"mocker_{container.id}", rules, undo.note),
               "ports can't be published, since neither nft nor iptables works here: install nftables")
         # From 127.0.0.1 a packet may leave by the bridge only if the bridge says so.
         write_kernel_file(f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", "1")
@@ -1787,6 +1792,9 @@ CGROUP = "/sys/fs/cgroup"
 def cgroup_version():
     """2 if the unified tree is mounted there, 1 for a tree of controllers, 0 for none."""
     return 2 if os.path.exists(f"{CGROUP}/cgroup.controllers") else int(os.path.exists(f"{CGROUP}/memory/tasks"))
+
+def need_cgroup(version):
+    check(version, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
 
 def limits_of(container):
     """The limits asked for → {file: number}, as this cgroup version spells them."""
@@ -1806,7 +1814,7 @@ def create_cgroup(container, undo):
     nothing: this is the part that "Docker is just cgroups" is about.
     See man 7 cgroups. Look: cat /sys/fs/cgroup/mocker/ID/*.max
     """
-    check(container.cgroup_version, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+    need_cgroup(container.cgroup_version)
     with locked(JOURNALS):
         container.cgroups = {1: groups_v1, 2: groups_v2}[container.cgroup_version](container.id)
     for directory in container.cgroups:
@@ -1917,7 +1925,7 @@ def end_members(directory):
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
     if members or story.script:
-        tell(f"xargs -r kill -9 < {directory}/cgroup.procs")
+        tell(f"for pid in $(cat {directory}/cgroup.procs); do kill -9 $pid; done")
 
 # ═══ Its privileges: user, capabilities, system calls ════════════════════════════════════════════
 
@@ -2483,7 +2491,7 @@ def execute(container):
         if not places:
             raise FileNotFoundError(errno.ENOENT, "not found in $PATH")
         if story.script:
-            os.stat(places[0])
+            os.stat(places[0])  # if it isn't there, execve(2) would say so
             story.script.end_with(program_by_hand(container))
             return write_all(1, story.script.encoded())
         say(f'Running "{" ".join(container.arguments)}"')
@@ -2782,17 +2790,14 @@ def try_firewall():
     """In a network of its own: that nft can list its tables does not say that this kernel has NAT."""
     unshare(CLONE_NEWNET, ["net"])
     rules = [("type nat hook postrouting priority 100; masquerade", "nat POSTROUTING -j MASQUERADE")]
-    if add_nft("mocker", rules):
-        return "nft"
-    for tool in IPTABLES:
-        if add_iptables(tool, "mocker", rules):
-            return tool
+    if tool := add_rules("mocker", rules):
+        return tool
     raise MockerError("neither nft nor iptables works: a container reaches this machine, but not beyond, and no "
                       "port is published: apt install nftables", status=0)
 
 def look_at_cgroup():
     version = cgroup_version()
-    check(version, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+    need_cgroup(version)
     there = read_kernel_file(f"{CGROUP}/cgroup.controllers").split() if version == 2 else os.listdir(CGROUP)
     missing = {"memory", "pids", "cpu"} - {*there}
     if missing:
@@ -3012,8 +3017,8 @@ def cgroup_of(pid):
     found = {}
     for line in read_kernel_file(f"/proc/{pid}/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
+        directory = os.path.normpath(f"{CGROUP}/{controllers.split(',')[0]}/{path}")
         for file in MEASURES:
-            directory = os.path.normpath(f"{CGROUP}/{controllers.split(',')[0]}/{path}")
             if value := read_kernel_file(f"{directory}/{file}").partition("\n")[0]:
                 found.update({"path": path, file: value})
     return found
