@@ -33,34 +33,20 @@ But: no daemon, no builds, no push, no compose, no swarm, no plugins, no user na
 no AppArmor. `docker` asks dockerd, which asks containerd, which asks runc; here one process does
 it all and waits. README.md has a table of what is left out, and where Docker has it.
 """
-import base64
-import collections
 import contextlib
 import errno
-import fcntl
 import functools
+import gc
 import importlib.util
-import io
-import json
 import os
-import re
-import select
-import shlex
-import shutil
-import signal
 import stat
-import struct
-import subprocess
 import sys
-import threading
-import time
-import zlib
 
 __version__ = "1.0"
 HOME = os.path.expanduser(os.environ.get("MOCKER_HOME") or "~/mocker")
 
 class lazily:
-    """A module that is imported when it is first used. `requests` alone takes as long as a container to start."""
+    """A module that is imported when it is first used: most commands use few of them, and a container starts fast."""
 
     def __init__(self, name):
         self.name = name
@@ -68,12 +54,12 @@ class lazily:
     def __getattr__(self, attribute):
         return getattr(importlib.import_module(self.name), attribute)
 
-cgroups, colorama, ctypes, docopt, futures, hashlib, hmac, http_server, ipaddress, logging = map(
-    lazily, ("cgroups", "colorama", "ctypes", "docopt", "concurrent.futures", "hashlib", "hmac", "http.server",
-             "ipaddress", "logging"))
-multiprocessing, requests, socket, tabulate, tarfile, termios, textwrap, tty, url, urllib3 = map(
-    lazily, ("multiprocessing", "requests", "socket", "tabulate", "tarfile", "termios", "textwrap", "tty",
-             "urllib.parse", "urllib3"))
+base64, collections, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, logging, multiprocessing, re = map(lazily, (
+    "base64 collections ctypes fcntl hashlib hmac io ipaddress json logging multiprocessing re".split()))
+select, shlex, shutil, signal, socket, struct, subprocess, tarfile, termios, textwrap, threading, time = map(lazily, (
+    "select shlex shutil signal socket struct subprocess tarfile termios textwrap threading time".split()))
+tty, zlib, futures, http_server, url, cgroups, colorama, docopt, requests, tabulate, urllib3 = map(lazily, (
+    "tty zlib concurrent.futures http.server urllib.parse cgroups colorama docopt requests tabulate urllib3".split()))
 
 # ═══ Telling the story: steps, narration, the one error type ═════════════════════════════════════
 #
@@ -227,9 +213,8 @@ class Script:
 #
 #  https://github.com/opencontainers/distribution-spec, …/image-spec
 
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
-TEXT = re.compile(r"[^\0]*")
-# What we need of the documents; "?" marks what may be missing.
+# What we need of the documents: a pattern stands for text, "?" marks what may be missing.
+DIGEST, TEXT = "sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}", r"[^\0]*"
 DESCRIPTOR = {"mediaType?": TEXT, "digest": DIGEST, "size": int}
 INDEX = {"manifests": [{**DESCRIPTOR, "platform?": {"os?": TEXT, "architecture?": TEXT, "variant?": TEXT}}]}
 MANIFEST = {"mediaType?": TEXT, "config": DESCRIPTOR, "layers": [DESCRIPTOR]}
@@ -248,7 +233,7 @@ PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 HOST = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
 NAME = rf"({HOST})/({COMPONENT}(?:/{COMPONENT})*)"
-REFERENCE = re.compile(rf"{NAME}(?::(\w[\w.-]{{0,127}}))?(?:@({DIGEST.pattern}))?", re.ASCII)
+REFERENCE = rf"{NAME}(?::(\w[\w.-]{{0,127}}))?(?:@({DIGEST}))?"
 
 class Reference:
     """Where an image is: host/repository:tag; or @digest, which is exact and wins over a tag."""
@@ -259,7 +244,7 @@ class Reference:
         # The first component is a host only if it looks like one; else it is somebody on Docker Hub.
         first, slash, _ = text.partition("/")
         is_host = slash and (re.search("[.:]", first) or first == "localhost" or first != first.lower())
-        match = REFERENCE.fullmatch(text if is_host else f"{DOCKER_HUB}/{text}")
+        match = re.fullmatch(REFERENCE, text if is_host else f"{DOCKER_HUB}/{text}", re.ASCII)
         check(match and len(match[2]) <= 255 and not re.fullmatch("[0-9a-f]{64}", text),
               f"invalid reference '{text[:300]}': write [host/]name[:tag][@sha256:…], the name in lower case")
         self.host, self.repository, tag, self.digest = match.groups()
@@ -282,7 +267,7 @@ class Reference:
         return (name if len(name) < 200 else f"{name[:150]}~{digest_of(name.encode())[7:27]}") + ".json"
 
 # This machine, which is asked by plain http, and through no proxy.
-LOOPBACK = re.compile(r"(localhost|\[::1\]|127(\.\d+){3})(:\d+)?", re.ASCII)
+LOOPBACK = r"(localhost|\[::1\]|127(\.[0-9]+){3})(:[0-9]+)?"
 
 class Registry:
     """One repository of one registry, and the HTTP session in which it is asked."""
@@ -290,7 +275,7 @@ class Registry:
     def __init__(self, reference, authorization=None, attempts=ATTEMPTS):
         self.reference, self.session = reference, requests.Session()
         host, insecure = reference.host, os.environ.get("MOCKER_INSECURE", "").split(",")
-        plain = LOOPBACK.fullmatch(host) or host in insecure or re.sub(r":\d+$", "", host) in insecure
+        plain = re.fullmatch(LOOPBACK, host) or host in insecure or re.sub(r":\d+$", "", host) in insecure
         self.base = f"{'http' if plain else 'https'}://{host}"
         if host == DOCKER_HUB:  # or a mirror of it
             self.base = os.environ.get("MOCKER_HUB", "https://registry-1.docker.io").rstrip("/")
@@ -338,7 +323,7 @@ class Registry:
         host = asked.netloc.rpartition("@")[2]
         check(asked.scheme in ("https", url.urlsplit(self.base).scheme),
               f"{self.base} sends to {asked.scheme}://{host}: only https is followed")
-        proxies = {} if LOOPBACK.fullmatch(host) else requests.utils.get_environ_proxies(address)
+        proxies = {} if re.fullmatch(LOOPBACK, host) else requests.utils.get_environ_proxies(address)
         response = self.session.request(method, address, headers=headers, proxies=proxies, timeout=TIMEOUT,
                                         allow_redirects=False, stream=True)
         shown = [part for part in asked.query.split("&") if re.match("(service|scope)=", part)]  # never a signature
@@ -436,9 +421,9 @@ def parse_json(raw, shape, what):
 
 def check_shape(value, shape, what):
     """`value`, if it is as the spec says: {"key": shape}, [shape], a type or a pattern. Nothing is guessed at."""
-    kind = str if isinstance(shape, re.Pattern) else shape if isinstance(shape, type) else type(shape)
+    kind = shape if isinstance(shape, type) else type(shape)
     names = {dict: "an object", list: "a list", str: "valid text", int: "a number"}
-    check(type(value) is kind and (kind is not int or value >= 0) and (kind is not str or shape.fullmatch(value)),
+    check(type(value) is kind and (kind is not int or value >= 0) and (kind is not str or re.fullmatch(shape, value)),
           f"{what} should be {names[kind]}, not {str(value)[:80]}: this image is broken, or it is no image")
     for key, inner in shape.items() if isinstance(shape, dict) else ():
         name = key.rstrip("?")
@@ -462,7 +447,7 @@ def check_digest(data, digest, what):
 
 def fetch_manifest(registry, version):
     """A manifest or an index, by tag or by digest → JSON, and a descriptor of it. Its bytes go into the store."""
-    what, digest = f"the manifest of {registry.reference}", version if DIGEST.fullmatch(version) else None
+    what, digest = f"the manifest of {registry.reference}", version if re.fullmatch(DIGEST, version) else None
     raw, kind = read_blob(digest) if digest else None, ""
     if raw is None:  # what was asked for by digest, and is here, can't have changed
         response = registry.get(f"manifests/{version}", Accept=", ".join(MANIFEST_TYPES + INDEX_TYPES))
@@ -626,12 +611,18 @@ def partial_directory():
     """For one pull's unfinished work. What killed pulls left is removed first, unless another is under way."""
     with contextlib.suppress(BlockingIOError), locked(store("partial"), fcntl.LOCK_EX | fcntl.LOCK_NB):
         for name in os.listdir(store("partial")):
-            run_tool(["rm", "-rf", store("partial", name)])
+            remove_tree(store("partial", name))
     with locked(store("partial"), fcntl.LOCK_SH), contextlib.ExitStack() as undo:
         path = store("partial", os.urandom(6).hex())
-        undo.callback(run_tool, ["rm", "-rf", path])  # not shutil.rmtree, which a deep tree exhausts
+        undo.callback(remove_tree, path)
         os.mkdir(path)
         yield path
+
+def remove_tree(path):
+    """By rm(1): a deep tree exhausts shutil.rmtree, and all that is needed to capture output takes time to import."""
+    command = ["rm", "-rf", path]
+    os.waitpid(os.posix_spawnp("rm", command, os.environ), 0)
+    tell(shlex.join(command))
 
 def chain_ids(diff_ids):
     """diff_ids from the bottom up → names for the unpacked layers (OCI image-spec, "Layer ChainID").
@@ -1114,10 +1105,14 @@ def call(name, *arguments, what=None):
     # Numbers as long: flags use all their 32 bits.
     numbered = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     encoded = [os.fsencode(value) if isinstance(value, str) else value for value in numbered]
-    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*encoded)
+    result = getattr(c_library(), name)(*encoded)
     if result == -1:
         raise MockerError(f"{what or name}: {os.strerror(ctypes.get_errno())}", number=ctypes.get_errno())
     return result
+
+@functools.lru_cache
+def c_library():
+    return ctypes.CDLL(None, use_errno=True)
 
 def mount(source, target, kind="", flags=0, data=""):
     """mount(2)"""
@@ -1265,7 +1260,7 @@ def held_journal(id):
     try:
         yield Journal(id)
     finally:
-        for number in FORWARDED:
+        for number in forwarded():
             signal.signal(number, signal.SIG_IGN)
         undo_or_say(Journal(id).undo)
         with locked(JOURNALS):
@@ -1315,7 +1310,7 @@ def remove_empty(directory):
 DEVICES = ["null", "zero", "full", "random", "urandom", "tty"]
 LINKS = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}  # to /proc/self/fd
 # A layer is not to depend on this kernel's defaults; volatile: nothing waits for the disk at the end.
-LINUX = [int(number) for number in re.findall(r"\d+", os.uname().release)[:2]]
+LINUX = [int(number) for number in os.uname().release.partition("-")[0].split(".")[:2]]
 FEATURES = "index=off,metacopy=off,redirect_dir=off" + ",volatile" * (LINUX >= [5, 10])
 ETC_FILES = ("hosts", "hostname", "resolv.conf")
 # What /proc and /sys tell or do about the whole machine (as runc has it)
@@ -1500,11 +1495,13 @@ def mask_paths(container):
 
 def copy_metadata(source, target):
     """Owner, mode, times and xattrs, but for overlayfs' own."""
-    shutil.chown(target, os.stat(source).st_uid, os.stat(source).st_gid)
-    shutil.copystat(source, target)
-    for name in os.listxattr(target):
-        if name.startswith("trusted.overlay."):
-            os.removexattr(target, name)
+    seen = os.stat(source)
+    os.chown(target, seen.st_uid, seen.st_gid)
+    os.chmod(target, stat.S_IMODE(seen.st_mode))
+    os.utime(target, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    for name in os.listxattr(source):
+        if not name.startswith("trusted.overlay."):
+            os.setxattr(target, name, os.getxattr(source, name))
     tell("; ".join(f"{tool} --reference={source} {target}" for tool in ("chown", "chmod", "touch")))
 
 def write_etc(container):
@@ -1930,17 +1927,17 @@ def end_members(directory):
 # ═══ Its privileges: user, capabilities, system calls ════════════════════════════════════════════
 
 # Root's power in pieces (man 7 capabilities); a capability's number is its place in this list.
-CAPABILITIES = re.findall(r"\w+", """
+CAPABILITIES = """
     CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
     NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT
     SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE
     AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ
-    PERFMON BPF CHECKPOINT_RESTORE""")
+    PERFMON BPF CHECKPOINT_RESTORE""".split()
 
 # What Docker leaves to a container's root: enough to install packages and run servers.
-DEFAULT_CAPABILITIES = re.findall(r"\w+", """
+DEFAULT_CAPABILITIES = """
     CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE NET_RAW SYS_CHROOT
-    MKNOD AUDIT_WRITE SETFCAP""")
+    MKNOD AUDIT_WRITE SETFCAP""".split()
 
 # The system calls that Docker refuses, and the capabilities of which any gives them back ("-": none).
 # "name x86_64/aarch64", or one number where both have the same; nothing after "/": aarch64 lacks it.
@@ -2133,8 +2130,6 @@ def read_colons(path, count):
 NAMESPACES = ("mnt", "uts", "ipc", "pid", "net", "cgroup", "user")
 PARTS = ("net", "pid", "mount", "uts", "ipc", "cgroup", "overlay", "pivot_root", "caps", "seccomp", "mask", "user")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
-             signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
 # What an option's value looks like, and how to say so.
 FORMS = {
     "--name": (r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", "letters and digits, after the first also _ . and -"),
@@ -2389,7 +2384,7 @@ def all_containers():
 def delete_directory(directory):
     # If something is still mounted there, volumes would be emptied.
     if f" {os.path.realpath(directory)}/" not in read_kernel_file("/proc/self/mountinfo"):
-        run_tool(["rm", "-rf", directory])
+        remove_tree(directory)
         remove_empty(os.path.dirname(directory))
 
 # ── Its first process ──────────────────────────────────────────────────────────────────────────────
@@ -2403,7 +2398,7 @@ def start(container):
     See man 7 pid_namespaces. Look: ps -ef --forest
     """
     container.wire, inner = socket.socketpair()
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # the child must not run our handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # the child must not run our handlers
     with coming_back("pid_for_children", CLONE_NEWPID), inner:
         if "pid" in container.parts:
             unshare(CLONE_NEWPID, ["pid", "fork"])
@@ -2412,7 +2407,7 @@ def start(container):
         mocker, container.pid = os.getpid(), os.fork()
         if container.pid == 0:
             go_inside(container, inner, mocker)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded())
     if story.script:
         story.script = Script("\n# ■ The end\nset +e", container.id)  # the other is the child's
 
@@ -2537,7 +2532,7 @@ def start_relays(container, streams):
     ways = [(source, target, copies) for source, target in zip(outputs, (1, 2))]
     ways += [(os.dup(0), target, ()) for target in stdin if container.takes_stdin]
     threads = [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # for the threads: signals are the main one's
+    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # for the threads: signals are the main one's
     for thread in threads:
         thread.start()
     return threads[: len(outputs)]
@@ -2581,10 +2576,15 @@ def forward_signals(handle, terminal):
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL if len(urgent) > 2 else number)
 
-    for number in FORWARDED:
+    for number in forwarded():
         signal.signal(number, forward)
     copy_window_size(terminal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded())
+
+def forwarded():
+    """The signals that mean the container, not mocker."""
+    return {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+            signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
 
 def copy_window_size(terminal):
     """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""
@@ -3109,7 +3109,9 @@ def interrupted(number, frame):
 def guarded(function, *arguments):
     """What the user can mend becomes one line; what is a bug keeps its traceback. → exit status"""
     try:
-        return function(*arguments)
+        status = function(*arguments)
+        print(end="", flush=True)  # now, when a closed pipe can still be told
+        return status
     except MockerError as error:
         write_line(f"mocker: {error}", "error")
         return error.status
@@ -3127,12 +3129,13 @@ def guarded(function, *arguments):
 def main():
     argv = sys.argv[2:] if sys.argv[0] == "-c" else sys.argv[1:]  # by the first line, or by python3 mocker.py
     if argv[:1] == ["run"] and sys.platform == "linux":
+        gc.disable()  # a start leaves too little garbage to look for
         seal_interpreter(argv)
     os.umask(0o022)  # what is made is for containers, whose users are others
     while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed, as cron may do: nothing else may take its number
     os.close(handle)
-    sys.exit(guarded(dispatch, argv))
+    os._exit(guarded(dispatch, argv) or 0)  # at once: to take itself apart, Python needs as long as to start
 
 if __name__ == "__main__":
     main()
