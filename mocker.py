@@ -424,7 +424,7 @@ def check_shape(value, shape, what):
     kind = shape if isinstance(shape, type) else type(shape)
     names = {dict: "an object", list: "a list", str: "valid text", int: "a number"}
     check(type(value) is kind and (kind is not int or value >= 0) and (kind is not str or re.fullmatch(shape, value)),
-          f"{what} should be {names[kind]}, not {str(value)[:80]}: this image is broken, or it is no image")
+          f"{what} should be {names[kind]}, and is not: it is broken, or something else")  # which may be a secret
     for key, inner in shape.items() if isinstance(shape, dict) else ():
         name = key.rstrip("?")
         if name == key or value.get(name) is not None:
@@ -2171,7 +2171,8 @@ def run(arguments):
     """
     need_root("run")
     need_disk()
-    container = Container(find_image(arguments["<name>"]), arguments)
+    container = Container(arguments)
+    container.take_image(find_image(arguments["<name>"]), arguments)
     return rehearse(container) if arguments["--by-hand"] else perform(container)
 
 def perform(container):
@@ -2246,12 +2247,11 @@ def inside(container):
 class Container:
     """What is to be run, and what was made for it so far."""
 
-    def __init__(self, image, arguments):
-        config = image.config.get("config") or {}
+    def __init__(self, arguments):
+        """From the command line, which is to be right before anything is pulled."""
         self.id = os.urandom(4).hex()
-        self.image, self.directory = image, store("containers", self.id)
+        self.directory = store("containers", self.id)
         self.parts = choose_parts(arguments["--without"], arguments["--only"])
-        self.arguments = command_line(config, arguments["--entrypoint"], arguments["<command>"])
         self.name = parse("--name", arguments["--name"] or self.id)[0]
         self.hostname = arguments["--hostname"] or self.id
         self.remove = arguments["--rm"]
@@ -2259,10 +2259,9 @@ class Container:
         check(not self.terminal or not interactive or os.isatty(0), "the input device is not a TTY: leave out -t")
         # With -i, whatever it is; without, a pipe or a file is passed on, and a terminal left alone.
         self.takes_stdin = interactive or not (self.terminal or stat.S_ISCHR(os.fstat(0).st_mode))
-        self.environment = environment(config, arguments["--env"], self.hostname, self.terminal)
-        self.user = arguments["--user"] or config.get("User") or ""
-        folder = arguments["--workdir"] or config.get("WorkingDir") or "/"
-        self.working_directory = os.path.normpath(parse("--workdir", folder)[0])
+        for text in arguments["--env"]:
+            parse("--env", text)
+        parse("--workdir", arguments["--workdir"] or "/")
         self.memory = parse_size(arguments["--memory"] or "0")
         self.cpus = parse_cpus(arguments["--cpus"])
         self.pids_limit = max(0, int(parse("--pids-limit", arguments["--pids-limit"] or "0")[0]))  # 0 and -1: none
@@ -2277,6 +2276,15 @@ class Container:
         self.devices = {name: os.stat(f"/dev/{name}") for name in names
                         if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")}
         self.host_namespaces = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
+
+    def take_image(self, image, arguments):
+        """What the command line leaves open, the image's config says."""
+        config, self.image = image.config.get("config") or {}, image
+        self.arguments = command_line(config, arguments["--entrypoint"], arguments["<command>"])
+        self.environment = environment(config, arguments["--env"], self.hostname, self.terminal)
+        self.user = arguments["--user"] or config.get("User") or ""
+        folder = arguments["--workdir"] or config.get("WorkingDir") or "/"
+        self.working_directory = os.path.normpath(parse("--workdir", folder)[0])
 
 def choose_parts(without, only):
     """--without=net,pid: all other parts; --only=net,pid: none but these; chroot is what then remains."""
@@ -2340,12 +2348,9 @@ def parse_cpus(text):
     return cpus
 
 def parse_volume(text):
-    """host:container[:ro] → (host, container, read-only). A missing host directory is made, as by docker."""
+    """host:container[:ro] → (host, container, read-only)"""
     host, target, mode = parse("--volume", text).groups()
     check(os.path.normpath(target).strip("/"), f"invalid --volume '{text}': it can't be mounted on '/'")
-    with explained(OSError, f"invalid --volume '{text[:100]}': {host[:100]} can't be made: {{}}"):
-        if not os.path.exists(host):
-            os.makedirs(host)
     return os.path.abspath(host), target, mode == ":ro"
 
 def parse_port(text):
@@ -2365,6 +2370,10 @@ def create_container(container, undo):
               f"the name '{container.name}' is in use: choose another, or mocker clean --containers once it has ended")
         make_directory(container.directory)
         write_config(container, "created")
+    for host, *_ in container.volumes:  # one that is missing is made, as by docker
+        with explained(OSError, f"invalid --volume: {host[:100]} can't be made: {{}}"):
+            if not os.path.exists(host):
+                os.makedirs(host)
 
 def write_config(container, status, **more):
     """config.json: what later commands need to know of it."""
@@ -2647,7 +2656,8 @@ def serve(arguments):
         registry = http_server.ThreadingHTTPServer((address, int(port)), handler)
         cdn = http_server.ThreadingHTTPServer((address, int(port) and int(port) + 1), handler)
     handler.cdn_port = cdn.server_port
-    say(f"Serving {len(all_images())} images: MOCKER_HUB=http://{address}:{registry.server_port} mocker pull …")
+    say(f"Serving {len(all_images())} images: MOCKER_HUB=http://{address.replace('0.0.0.0', 'THIS_MACHINE')}:"
+        f"{registry.server_port} mocker pull …")
     for server in registry, cdn:
         threading.Thread(target=server.serve_forever, daemon=True).start()
     signal.pause()  # here, since http.server takes any exception, a signal's too, for a fault in a request

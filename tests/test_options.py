@@ -90,6 +90,21 @@ def test_wrong_values(run, options, word):
     one_line(run(*options, "busybox", "true"), word.encode("unicode_escape").decode() if "\n" in word else word)
 
 
+WRONG = ["--memory=much", "--env==x", "--workdir=x", "--volume=x", "--cap-add=NONE", "--without=x"]
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_a_wrong_value_is_told_before_anything_is_pulled(store, option):
+    done = store("run", option, "127.0.0.1:1/not/here", "true")
+    one_line(done, option.partition("=")[2])
+    assert "127.0.0.1" not in done.stderr
+
+
+def test_a_volume_is_not_made_for_an_image_that_is_not_to_be_had(store, tmp_path):
+    one_line(store("run", "-q", "-v", f"{tmp_path}/a/b:/data", "127.0.0.1:1/not/here", "true"), "127.0.0.1:1")
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("value", ["64m", "64M", "64mb", "64MB", "65536k", "67108864", "67108864b", "1g", "0"])
 def test_sizes(run, value):
     assert run("-m", value, "busybox", "true").returncode == 0
