@@ -2679,9 +2679,9 @@ class Answers:
             elif query.get("Signature") == self.sign(f"blob {path[1:]}"):
                 self.send_blob(path[1:], "application/octet-stream")
             else:
-                self.refuse(403, "DENIED")
+                self.reply(403, "DENIED")
         except (MockerError, FileNotFoundError):  # the store has lost it
-            self.refuse(404, "BLOB_UNKNOWN")
+            self.reply(404, "BLOB_UNKNOWN")
 
     do_HEAD = do_GET
 
@@ -2690,7 +2690,7 @@ class Answers:
         scope, host = f"repository:{repository}:pull", self.headers.get("Host", "localhost")
         if self.headers.get("Authorization") != f"Bearer {self.sign(f'token {scope}')}":
             challenge = f'Bearer realm="http://{host}/token",service="mocker",scope="{scope}"'
-            return self.refuse(401, "UNAUTHORIZED", WWW_Authenticate=challenge)
+            return self.reply(401, "UNAUTHORIZED", WWW_Authenticate=challenge)
         if not kind:  # /v2/ itself: is this a registry?
             return self.reply(200, {})
         for image in [one for one in all_images() if repository in (one.name, one.name.partition("/")[2])]:
@@ -2701,7 +2701,7 @@ class Answers:
             if kind == "blobs" and name in [blob["digest"] for blob in image.blobs]:
                 cdn = f"http://{host.rpartition(':')[0] or host}:{self.cdn_port}"
                 return self.reply(307, {}, Location=f"{cdn}/{name}?Signature={self.sign(f'blob {name}')}")
-        return self.refuse(404, f"{kind.upper()[:-1]}_UNKNOWN")
+        return self.reply(404, f"{kind.upper()[:-1]}_UNKNOWN")
 
     def send_blob(self, digest, kind):
         """Or the rest of it, from a Range on."""
@@ -2710,27 +2710,24 @@ class Answers:
             size = os.fstat(file.fileno()).st_size
             start = file.seek(min(int(wanted[1]), size) if wanted else 0)
             part = {"Content_Range": f"bytes {start}-{size - 1}/{size}"} if wanted else {}
-            self.reply(206 if wanted else 200, file, size - start,
-                       Content_Type=kind, Docker_Content_Digest=digest, **part)
+            self.reply(206 if wanted else 200, pieces(file), Content_Type=kind, Content_Length=size - start,
+                       Docker_Content_Digest=digest, **part)
 
     def sign(self, text):
         return hmac.new(self.key, text.encode(), "sha256").hexdigest()
 
-    def refuse(self, status, code, **headers):
-        """The error document of the distribution spec."""
-        self.reply(status, {"errors": [{"code": code, "message": code.lower()}]}, **headers)
-
-    def reply(self, status, body, size=None, **headers):
-        """Status, headers and, unless it is a HEAD, the body: a document, or an open file."""
-        if size is None:
-            raw = json.dumps(body).encode()
-            body, size = io.BytesIO(raw), len(raw)
+    def reply(self, status, body, **headers):
+        """Status, headers and, unless it is a HEAD, the body: pieces of a blob, a document, or an error's code."""
+        if isinstance(body, str):  # as the distribution spec has it
+            body = {"errors": [{"code": body, "message": body.lower()}]}
+        if isinstance(body, dict):
+            body = [json.dumps(body).encode()]
+            headers = {"Content_Type": "application/json", "Content_Length": len(body[0]), **headers}
         self.send_response(status)
-        for name, value in {"Content_Type": "application/json", "Content_Length": size, **headers}.items():
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command != "HEAD":
-            shutil.copyfileobj(body, self.wfile)
+        self.wfile.writelines(body if self.command != "HEAD" else [])
 
     def log_message(self, *_):
         say(f"{self.client_address[0]} {self.requestline.partition('?')[0]}")
