@@ -56,8 +56,8 @@ class lazily:
 
 base64, collections, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, logging, multiprocessing, re = map(lazily, (
     "base64 collections ctypes fcntl hashlib hmac io ipaddress json logging multiprocessing re".split()))
-select, shlex, shutil, signal, socket, struct, subprocess, tarfile, termios, textwrap, threading, time = map(lazily, (
-    "select shlex shutil signal socket struct subprocess tarfile termios textwrap threading time".split()))
+shlex, shutil, signal, socket, struct, subprocess, tarfile, termios, textwrap, threading, time = map(lazily, (
+    "shlex shutil signal socket struct subprocess tarfile termios textwrap threading time".split()))
 tty, zlib, futures, http_server, url, cgroups, colorama, docopt, requests, tabulate, urllib3 = map(lazily, (
     "tty zlib concurrent.futures http.server urllib.parse cgroups colorama docopt requests tabulate urllib3".split()))
 
@@ -2454,15 +2454,15 @@ def open_streams(container):
         fcntl.ioctl(slave, 0x540E, 0)  # TIOCSCTTY: the controlling terminal, whose Ctrl-C is a signal
         os.close(os.open("/dev/console", os.O_CREAT | os.O_WRONLY, 0o600))
         mount(os.ttyname(slave), "/dev/console", "", MS_BIND)
-        inner, outer = [slave, slave, slave], [outer]
+        inner, outer = [slave, slave, slave], [outer, outer]
     else:
         (stdout, out), (stderr, err), (keys, stdin) = os.pipe(), os.pipe(), os.pipe()
         nothing = os.open("/dev/null", os.O_RDWR)  # the container's own, not the host's
-        inner, outer = [keys if container.takes_stdin else nothing, out, err], [stdout, stderr, stdin]
+        inner, outer = [keys if container.takes_stdin else nothing, out, err], [stdin, stdout, stderr]
     socket.send_fds(container.wire, [b"streams"], outer)
     for number, stream in enumerate(inner):
         os.dup2(stream, number)
-    for descriptor in outer:
+    for descriptor in set(outer):
         os.close(descriptor)
     container.wire.close()
 
@@ -2515,8 +2515,11 @@ def attend(container):
     try:
         write_config(container, "running")
         streams = socket.recv_fds(container.wire, 10, 3)[1]  # none, if it failed before it made them
-        terminal = streams[0] if len(streams) == 1 else None
-        with raw_terminal(terminal if container.takes_stdin else None):
+        terminal = streams[1] if container.terminal and streams else None
+        with contextlib.ExitStack() as undo:
+            if terminal and container.takes_stdin:  # keys go through as they are, Ctrl-C too: it interprets them
+                undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
+                tty.setraw(0)
             outputs = start_relays(container, streams)
             forward_signals(handle, terminal)
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
@@ -2536,20 +2539,19 @@ def attend(container):
 
 def start_relays(container, streams):
     """A thread for each direction. → those of the outputs: stdin may wait for a key forever."""
-    outputs, copies = streams[:2], open_copies(container)
-    stdin = streams[2:] or [os.dup(terminal) for terminal in streams]
-    ways = [(source, target, copies) for source, target in zip(outputs, (1, 2))]
-    ways += [(os.dup(0), target, ()) for target in stdin if container.takes_stdin]
+    copies = open_copies(container)
+    ways = [(source, target, copies) for source, target in zip(streams[1:], (1, 2))]
+    ways += [(os.dup(0), target) for target in streams[:1] if container.takes_stdin]
     threads = [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
     signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # for the threads: signals are the main one's
     for thread in threads:
         thread.start()
-    return threads[: len(outputs)]
+    return threads[: len(streams[1:])]
 
 def relay(source, target, copies=()):
     """Copy until there is no more, or nobody reads any more; closing both ends tells the others."""
     with contextlib.suppress(OSError):  # EPIPE, or EIO from a terminal whose other side is gone
-        while data := read_some(source):
+        while data := insist(os.read, source, 1 << 16):
             for copy in copies:
                 with contextlib.suppress(OSError):  # a full disk must not stop the container
                     os.write(copy, data)
@@ -2558,20 +2560,17 @@ def relay(source, target, copies=()):
     if target > 2:
         os.close(target)
 
-def read_some(source):
-    """Here and in write_all: another program may have made our streams non-blocking."""
-    while True:
-        try:
-            return os.read(source, 1 << 16)
-        except BlockingIOError:
-            select.select([source], [], [])
-
 def write_all(target, data):
     while data:
+        data = data[insist(os.write, target, data) :]
+
+def insist(function, stream, argument):
+    """read(2) or write(2), even if another program has made our streams non-blocking."""
+    while True:
         try:
-            data = data[os.write(target, data) :]
+            return function(stream, argument)
         except BlockingIOError:
-            select.select([], [target], [])
+            time.sleep(0.005)
 
 def forward_signals(handle, terminal):
     """What reaches mocker goes on to number 1. That ignores what it has no handler for; the third
@@ -2601,19 +2600,6 @@ def copy_window_size(terminal):
     if terminal is not None:
         with contextlib.suppress(OSError):
             fcntl.ioctl(terminal, TIOCSWINSZ, fcntl.ioctl(0, TIOCGWINSZ, bytes(8)))
-
-@contextlib.contextmanager
-def raw_terminal(terminal):
-    """Keys go through as they are, Ctrl-C too: the container's own terminal interprets them."""
-    if terminal is None:
-        yield
-        return
-    before = termios.tcgetattr(0)
-    try:
-        tty.setraw(0)
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 def open_copies(container):
     """Where output goes besides our own: the container's log, and /tmp/stdout, as ever.
