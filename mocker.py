@@ -2014,9 +2014,6 @@ def capabilities_of(kind, pid="self"):
 
 def choose_capabilities(add, drop, privileged):
     """--cap-add, --cap-drop and --privileged → the capabilities that are kept, as docker counts them."""
-    add, drop = ([name.upper().removeprefix("CAP_") for name in names] for names in (add, drop))
-    for name in add + drop:
-        check(name in [*CAPABILITIES, "ALL"], f"unknown capability '{name}': write one of man 7 capabilities, or ALL")
     if "ALL" in add or privileged:
         kept = set(CAPABILITIES) - set(drop)
     else:
@@ -2130,19 +2127,6 @@ def read_colons(path, count):
 NAMESPACES = ("mnt", "uts", "ipc", "pid", "net", "cgroup", "user")
 PARTS = ("net", "pid", "mount", "uts", "ipc", "cgroup", "overlay", "pivot_root", "caps", "seccomp", "mask", "user")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# What an option's value looks like, and how to say so.
-FORMS = {
-    "--name": (r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", "letters and digits, after the first also _ . and -"),
-    "--env": (r"[^=]+(=.*)?", "NAME=VALUE, or NAME to take it from here"),
-    "--workdir": (r"/.*", "an absolute path"),
-    "--network": (r"bridge|none|host", "bridge, none or host"),
-    "--memory": (r"(\d{1,19})([bkmg]?)b?", "a number and b, k, m or g, as in 512m"),
-    "--cpus": (r"\d+\.?\d*|\.\d+", "a number of CPUs, as in 1.5"),
-    "--pids-limit": (r"-1|\d{1,9}", "a number, as in 100"),
-    "--volume": (r"([^:]+):(/[^:]*)(:ro|:rw)?", "host:container or host:container:ro, the latter as an absolute path"),
-    "--publish": (r"(?:(\d+\.\d+\.\d+\.\d+):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?",
-                  "[ip:]host:container[/udp], as in 8080:80"),
-}
 
 def run(arguments):
     """Run a command in a container. The image is pulled if it is not here.
@@ -2171,9 +2155,11 @@ def run(arguments):
     """
     need_root("run")
     need_disk()
-    container = Container(arguments)
-    container.take_image(find_image(arguments["<name>"]), arguments)
-    return rehearse(container) if arguments["--by-hand"] else perform(container)
+    given = {**arguments, **{option: parse(option, arguments[option]) for option in FORMS}}
+    has_keys = os.isatty(0) or not (given["--tty"] and given["--interactive"])
+    check(has_keys, "the input device is not a TTY: leave out -t")
+    container = Container(given, find_image(given["<name>"]))  # pulled only now that all of this is right
+    return rehearse(container) if given["--by-hand"] else perform(container)
 
 def perform(container):
     """What a container is, from the outside."""
@@ -2244,53 +2230,89 @@ def inside(container):
     become_user(container)
     execute(container)
 
+# ── What the command line says ─────────────────────────────────────────────────────────────────────
+
+def to_bytes(number, unit):
+    """512, m → 536870912"""
+    size = int(number) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[unit.lower()]
+    return size if size == 0 or 6 << 20 <= size < 1 << 63 else None
+
+def to_cpus(number):
+    return float(number) if 0.01 <= float(number) <= os.cpu_count() else None
+
+def to_volume(host, target, mode):
+    """→ (host, container, read-only)"""
+    return (os.path.abspath(host), target, mode == ":ro") if os.path.normpath(target).strip("/") else None
+
+def to_port(address, outer, inner, protocol):
+    """→ (ip, host, container, protocol)"""
+    are_ports = 0 < int(outer) < 65536 and 0 < int(inner) < 65536
+    return (address or "0.0.0.0", int(outer), int(inner), protocol or "tcp") if are_ports else None
+
+def to_parts(names):
+    parts = set(filter(None, names.split(",")))
+    return parts if parts <= {*PARTS, "chroot"} else None
+
+CAPABILITY = (rf"(?i)(?:CAP_)?({'|'.join(CAPABILITIES)}|ALL)", str.upper, "a capability of man 7 capabilities, or ALL")
+SOME_PARTS = ("(.*)", to_parts, f"some of {','.join(PARTS)}, chroot")
+# What a value looks like, what its groups become (None: it is out of range), and how to say so.
+FORMS = {
+    "--cap-add": CAPABILITY, "--cap-drop": CAPABILITY, "--without": SOME_PARTS, "--only": SOME_PARTS,
+    "--name": (r"([a-zA-Z0-9][a-zA-Z0-9_.-]+)", str, "letters and digits, after the first also _ . and -"),
+    "--env": (r"([^=]+(?:=.*)?)", str, "NAME=VALUE, or NAME to take it from here"),
+    "--workdir": (r"(/.*)", os.path.normpath, "an absolute path"),
+    "--network": (r"(bridge|none|host)", str, "bridge, none or host"),
+    "--memory": (r"(?i)(\d{1,19})([bkmg]?)b?", to_bytes, "a number and b, k, m or g, of 6MB or more, as in 512m"),
+    "--cpus": (r"(\d+\.?\d*|\.\d+)", to_cpus, f"a number from 0.01 to this machine's {os.cpu_count()} CPUs"),
+    "--pids-limit": (r"-1|0|(\d{1,9})", lambda number: int(number or 0), "a number, as in 100"),
+    "--volume": (r"([^:]+):(/[^:]*)(:ro|:rw)?", to_volume,
+                 "host:container or host:container:ro, the latter as an absolute path, but not '/'"),
+    "--publish": (r"(?:(\d+\.\d+\.\d+\.\d+):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?", to_port,
+                  "[ip:]host:container[/udp], as in 8080:80; ports are from 1 to 65535"),
+}
+
+def parse(option, text):
+    """What a value means, as FORMS has it; of several, each."""
+    if text is None or isinstance(text, list):
+        return text and [parse(option, one) for one in text]
+    pattern, meaning, form = FORMS[option]
+    match = re.fullmatch(pattern, text, re.ASCII | re.DOTALL)
+    value = match and meaning(*match.groups())
+    check(value is not None, f"invalid {option} '{text[:100]}': write {form}")
+    return value
+
 class Container:
     """What is to be run, and what was made for it so far."""
 
-    def __init__(self, arguments):
-        """From the command line, which is to be right before anything is pulled."""
+    def __init__(self, given, image):
+        """What the command line leaves open, the image's config says."""
+        config, self.image = image.config.get("config") or {}, image
         self.id = os.urandom(4).hex()
         self.directory = store("containers", self.id)
-        self.parts = choose_parts(arguments["--without"], arguments["--only"])
-        self.name = parse("--name", arguments["--name"] or self.id)[0]
-        self.hostname = arguments["--hostname"] or self.id
-        self.remove = arguments["--rm"]
-        self.terminal, interactive = arguments["--tty"], arguments["--interactive"]
-        check(not self.terminal or not interactive or os.isatty(0), "the input device is not a TTY: leave out -t")
+        self.parts = choose_parts(given["--without"], given["--only"])
+        self.name, self.hostname = given["--name"] or self.id, given["--hostname"] or self.id
+        self.terminal = given["--tty"]
         # With -i, whatever it is; without, a pipe or a file is passed on, and a terminal left alone.
-        self.takes_stdin = interactive or not (self.terminal or stat.S_ISCHR(os.fstat(0).st_mode))
-        for text in arguments["--env"]:
-            parse("--env", text)
-        parse("--workdir", arguments["--workdir"] or "/")
-        self.memory = parse_size(arguments["--memory"] or "0")
-        self.cpus = parse_cpus(arguments["--cpus"])
-        self.pids_limit = max(0, int(parse("--pids-limit", arguments["--pids-limit"] or "0")[0]))  # 0 and -1: none
-        self.network = parse("--network", arguments["--network"] or "bridge")[0] if "net" in self.parts else "host"
-        self.volumes = [parse_volume(text) for text in arguments["--volume"]]
-        self.ports = [parse_port(text) for text in arguments["--publish"]]
-        self.privileged, self.read_only = arguments["--privileged"], arguments["--read-only"]
-        self.capabilities = choose_capabilities(arguments["--cap-add"], arguments["--cap-drop"], self.privileged)
+        self.takes_stdin = given["--interactive"] or not (self.terminal or stat.S_ISCHR(os.fstat(0).st_mode))
+        self.memory, self.cpus, self.pids_limit = given["--memory"] or 0, given["--cpus"], given["--pids-limit"]
+        self.network = (given["--network"] or "bridge") if "net" in self.parts else "host"
+        self.volumes, self.ports = given["--volume"], given["--publish"]
+        self.privileged, self.read_only, self.remove = given["--privileged"], given["--read-only"], given["--rm"]
+        self.capabilities = choose_capabilities(given["--cap-add"], given["--cap-drop"], self.privileged)
         self.address = self.gateway = self.pid = None
         self.holders, self.cgroups, self.cgroup_version = set(), [], cgroup_version()
         names = [name for name in os.listdir("/dev") if name != "ptmx"] if self.privileged else DEVICES
         self.devices = {name: os.stat(f"/dev/{name}") for name in names
                         if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")}
         self.host_namespaces = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
-
-    def take_image(self, image, arguments):
-        """What the command line leaves open, the image's config says."""
-        config, self.image = image.config.get("config") or {}, image
-        self.arguments = command_line(config, arguments["--entrypoint"], arguments["<command>"])
-        self.environment = environment(config, arguments["--env"], self.hostname, self.terminal)
-        self.user = arguments["--user"] or config.get("User") or ""
-        folder = arguments["--workdir"] or config.get("WorkingDir") or "/"
-        self.working_directory = os.path.normpath(parse("--workdir", folder)[0])
+        self.arguments = command_line(config, given["--entrypoint"], given["<command>"])
+        self.environment = environment(config, given["--env"], self.hostname, self.terminal)
+        self.user = given["--user"] or config.get("User") or ""
+        self.working_directory = given["--workdir"] or parse("--workdir", config.get("WorkingDir") or "/")
 
 def choose_parts(without, only):
     """--without=net,pid: all other parts; --only=net,pid: none but these; chroot is what then remains."""
-    named = {name for name in (without or only or "").split(",") if name}
-    check(named <= {*PARTS, "chroot"}, f"no such part: {', '.join(named - {*PARTS})}: there are {', '.join(PARTS)}")
-    parts = named if only is not None else {*PARTS} - named
+    parts = {*PARTS} - (without or set()) if only is None else only
     if "pivot_root" in parts and "mount" not in parts:
         say("without a mount namespace, pivot_root would move this machine's own root: chroot instead")
     return parts - (set() if "mount" in parts else {"pivot_root"})
@@ -2320,44 +2342,11 @@ def environment(config, given, hostname, terminal):
     given = [f"{text}={os.environ[text]}" if text in os.environ else text for text in given]
     replaced = {text.partition("=")[0] for text in given}
     for text in given + [text for text in config.get("Env") or [] if text.partition("=")[0] not in replaced]:
-        name, has_value, value = parse("--env", text)[0].partition("=")
+        name, has_value, value = parse("--env", text).partition("=")
         variables[name] = value
         if not has_value:
             del variables[name]
     return variables
-
-def parse(option, text):
-    """An option's value, or a MockerError that says how to write it. → re.Match"""
-    pattern, form = FORMS[option]
-    match = re.fullmatch(pattern, text, re.ASCII | re.DOTALL)
-    check(match, f"invalid {option} '{text[:100]}': write {form}")
-    return match
-
-def parse_size(text):
-    """512m → 536870912 bytes; b, k, m, g as docker's."""
-    match = parse("--memory", text.lower())
-    size = int(match[1]) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[match[2]]
-    check(size == 0 or 6 << 20 <= size < 1 << 63, f"invalid --memory '{text}': minimum is 6MB, maximum 63 bits")
-    return size
-
-def parse_cpus(text):
-    """1.5 → 1.5; None without a limit."""
-    cpus = float(parse("--cpus", text)[0]) if text else None
-    there = os.cpu_count()
-    check(not text or 0.01 <= cpus <= there, f"invalid --cpus '{text}': this machine has {there} CPUs")
-    return cpus
-
-def parse_volume(text):
-    """host:container[:ro] → (host, container, read-only)"""
-    host, target, mode = parse("--volume", text).groups()
-    check(os.path.normpath(target).strip("/"), f"invalid --volume '{text}': it can't be mounted on '/'")
-    return os.path.abspath(host), target, mode == ":ro"
-
-def parse_port(text):
-    """[ip:]host:container[/udp] → (ip, host, container, protocol)"""
-    address, outer, inner, protocol = parse("--publish", text).groups()
-    check(0 < int(outer) < 65536 and 0 < int(inner) < 65536, f"invalid --publish '{text}': ports are from 1 to 65535")
-    return address or "0.0.0.0", int(outer), int(inner), protocol or "tcp"
 
 def create_container(container, undo):
     """Its directory, and its name, which no other may have."""
@@ -2489,8 +2478,7 @@ def execute(container):
     """
     name, path = container.arguments[0], container.environment.get("PATH")
     places = [os.path.join(folder or ".", name) for folder in path.split(":")] if path else []
-    places = [place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)]
-    places = [name] if "/" in name else places
+    places = [name] if "/" in name else [at for at in places if os.path.isfile(at) and os.access(at, os.X_OK)]
     try:
         if not places:
             raise FileNotFoundError(errno.ENOENT, "not found in $PATH")
