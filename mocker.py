@@ -1996,15 +1996,14 @@ def seccomp_filter(capabilities):
             if number and not set(unlocking.split("|")) & set(capabilities):
                 # clone3 keeps its flags where no filter can look; told ENOSYS, the C library takes clone.
                 program += [op(equal, int(number), 1), unknown if name == "clone3" else refuse]
-    if "SYS_ADMIN" not in capabilities:
-        program += [op(equal, 56 if x86 else 220, 4), op(load, 16), op(any_bit, CLONE_NEW, 1), refuse, allow]
-    program += [op(equal, 41 if x86 else 198, 2 + 2 * len(FAMILIES)), op(load, 16)]  # socket
-    for family in FAMILIES:
-        program += [op(equal, family, 1), refuse]
-    program += [allow, op(equal, 135 if x86 else 92, 2 + 2 * len(PERSONALITIES)), op(load, 16)]
-    for personality in PERSONALITIES:
-        program += [op(equal, personality, 1), allow]
-    return b"".join(program + [refuse, allow])
+    # Three calls depend on their first argument: (x86_64, aarch64), comparison, values, answer to those, to others
+    for numbers, compare, values, those, others in [
+            ((56, 220), any_bit, [] if "SYS_ADMIN" in capabilities else [CLONE_NEW], refuse, allow),  # clone
+            ((41, 198), equal, FAMILIES, refuse, allow),  # socket
+            ((135, 92), equal, PERSONALITIES, allow, refuse)]:  # personality
+        body = [op(load, 16)] + [line for value in values for line in (op(compare, value, 1), those)] + [others]
+        program += [op(equal, numbers[0 if x86 else 1], len(body)), *body]
+    return b"".join([*program, allow])
 
 def capabilities_of(kind, pid="self"):
     """The names in a process's set: CapEff is what it may do, CapBnd what anybody it starts can ever get."""
