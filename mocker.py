@@ -82,9 +82,9 @@ class MockerError(Exception):
         super().__init__(message)
         self.status, self.errno = status, number
 
-def check(holds, message):
+def check(holds, message, status=125):
     if not holds:
-        raise MockerError(message)
+        raise MockerError(message, status)
 
 @contextlib.contextmanager
 def explained(kinds, message):
@@ -137,32 +137,26 @@ def step(part=None):
         def told(*arguments):
             left_out = part is not None and part not in arguments[0].parts
             heading, _, text = function.__doc__.partition("\n\n")
-            narrate(f"■ {heading}{' (left out)' * left_out}", re.split(r"\n\s+(?=See )", text))
+            narrate(f"■ {heading}{' (left out)' * left_out}", text)
             return None if left_out else function(*arguments)
         return told
     return decorate
 
-def narrate(heading, paragraphs=()):
-    """For a projector: 80 columns."""
+def narrate(heading, text=""):
+    """For a projector: 80 columns. With --step the speaker sets the pace."""
     if story.level < EXPLAIN and not story.script:
         return
-    lines = [line for text in paragraphs for line in textwrap.wrap(" ".join(text.split()), 76, break_on_hyphens=False)]
-    body = [f"  {line}" for line in lines]
-    if story.level >= EXPLAIN:
-        write_line("")
-        write_line(heading, "heading")
-        for line in body:
-            write_line(line)
-        wait_for_enter()
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s+(?=See )", text)]
+    lines = [f"  {line}" for part in paragraphs for line in textwrap.wrap(part, 76, break_on_hyphens=False)]
     if story.script:
-        story.script.add("\n" + "\n".join(f"# {line}" for line in [heading, *body]))
-
-def wait_for_enter():
-    """With --step the speaker sets the pace."""
+        story.script.add("\n" + "\n".join(f"# {line}" for line in [heading, *lines]))
+        return
+    for line, style in [("", ""), (heading, "heading"), *((line, "") for line in lines)]:
+        write_line(line, style)
     if story.stepping is not None:
         os.write(story.stepping, b"  [Enter goes on, q ends] ")
-        if os.read(story.stepping, 100).strip().lower() == b"q":
-            raise MockerError("ended at your word; nothing is left behind", status=0)
+        answer = os.read(story.stepping, 100).strip().lower()
+        check(answer != b"q", "ended at your word; nothing is left behind", status=0)
 
 def set_story(arguments):
     """-q, --explain, --step; colours unless NO_COLOR is set or stderr is no terminal."""
@@ -2768,27 +2762,26 @@ def try_firewall():
     """In a network of its own: that nft can list its tables does not say that this kernel has NAT."""
     unshare(CLONE_NEWNET, ["net"])
     rules = [("type nat hook postrouting priority 100; masquerade", "nat POSTROUTING -j MASQUERADE")]
-    if tool := add_rules("mocker", rules):
-        return tool
-    raise MockerError("neither nft nor iptables works: a container reaches this machine, but not beyond, and no "
-                      "port is published: apt install nftables", status=0)
+    tool = add_rules("mocker", rules)
+    check(tool, "neither nft nor iptables works: a container reaches this machine, but not beyond, and no port is "
+          "published: apt install nftables", status=0)
+    return tool
 
 def look_at_cgroup():
     version = cgroup_version()
     need_cgroup(version)
     there = read_kernel_file(f"{CGROUP}/cgroup.controllers").split() if version == 2 else os.listdir(CGROUP)
     missing = {"memory", "pids", "cpu"} - {*there}
-    if missing:
-        raise MockerError(f"v{version}, without {', '.join(missing)}: that can't be limited; try "
-                          "cgroup_enable=memory on the kernel's command line", status=0)
+    check(not missing, f"v{version}, without {', '.join(missing)}: that can't be limited; try "
+          "cgroup_enable=memory on the kernel's command line", status=0)
     return f"v{version}, with memory, pids, cpu"
 
 def look_at_subnet():
     routes = read_routes()
     if any(interface == BRIDGE for interface, *_ in routes):
         return f"{BRIDGE} is up"
-    if free_subnet(routes) != SUBNETS[0]:
-        raise MockerError(f"{SUBNETS[0]}.0/24 is in use here: run takes {free_subnet(routes)}.0/24", status=0)
+    free = free_subnet(routes)
+    check(free == SUBNETS[0], f"{SUBNETS[0]}.0/24 is in use here: run takes {free}.0/24", status=0)
     return f"{SUBNETS[0]}.0/24 is free"
 
 def look_for_leftovers():
