@@ -56,8 +56,8 @@ class lazily:
 
 base64, collections, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, logging, multiprocessing, re = map(lazily, (
     "base64 collections ctypes fcntl hashlib hmac io ipaddress json logging multiprocessing re".split()))
-shlex, shutil, signal, socket, struct, subprocess, tarfile, termios, textwrap, threading, time = map(lazily, (
-    "shlex shutil signal socket struct subprocess tarfile termios textwrap threading time".split()))
+select, shlex, shutil, signal, socket, struct, subprocess, tarfile, termios, textwrap, threading, time = map(lazily, (
+    "select shlex shutil signal socket struct subprocess tarfile termios textwrap threading time".split()))
 tty, zlib, futures, http_server, url, cgroups, colorama, docopt, requests, tabulate, urllib3 = map(lazily, (
     "tty zlib concurrent.futures http.server urllib.parse cgroups colorama docopt requests tabulate urllib3".split()))
 
@@ -2549,7 +2549,8 @@ def insist(function, stream, argument):
         try:
             return function(stream, argument)
         except BlockingIOError:
-            time.sleep(0.005)
+            readable, writable = ([stream], []) if function is os.read else ([], [stream])
+            select.select(readable, writable, [])
 
 def forward_signals(handle, terminal):
     """What reaches mocker goes on to number 1. That ignores what it has no handler for; the third
@@ -2575,10 +2576,9 @@ def forwarded():
 
 def copy_window_size(terminal):
     """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""
-    TIOCGWINSZ, TIOCSWINSZ = 0x5413, 0x5414
     if terminal is not None:
         with contextlib.suppress(OSError):
-            fcntl.ioctl(terminal, TIOCSWINSZ, fcntl.ioctl(0, TIOCGWINSZ, bytes(8)))
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8)))
 
 def open_copies(container):
     """Where output goes besides our own: the container's log, and /tmp/stdout, as ever.
