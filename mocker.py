@@ -2250,7 +2250,7 @@ SOME_PARTS = ("(.*)", to_parts, f"some of {','.join(PARTS)}, chroot")
 FORMS = {
     "--cap-add": CAPABILITY, "--cap-drop": CAPABILITY, "--without": SOME_PARTS, "--only": SOME_PARTS,
     "--name": (r"([a-zA-Z0-9][a-zA-Z0-9_.-]+)", str, "letters and digits, after the first also _ . and -"),
-    "--env": (r"([^=]+(?:=.*)?)", str, "NAME=VALUE, or NAME to take it from here"),
+    "--env": (r"([^=]+)(?:=(.*))?", lambda *pair: pair, "NAME=VALUE, or NAME to take it from here"),
     "--workdir": (r"(/.*)", os.path.normpath, "an absolute path"),
     "--network": (r"(bridge|none|host)", str, "bridge, none or host"),
     "--memory": (r"(?i)(\d{1,19})([bkmg]?)b?", to_bytes, "a number and b, k, m or g, of 6MB or more, as in 512m"),
@@ -2329,15 +2329,10 @@ def command_line(config, entrypoint, command):
 
 def environment(config, given, hostname, terminal):
     """Those of -e, then the image's others, over the defaults; a name without a value takes one away, as in docker."""
-    variables = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, **({"TERM": "xterm"} if terminal else {})}
-    given = [f"{text}={os.environ[text]}" if text in os.environ else text for text in given]
-    replaced = {text.partition("=")[0] for text in given}
-    for text in given + [text for text in config.get("Env") or [] if text.partition("=")[0] not in replaced]:
-        name, has_value, value = parse("--env", text).partition("=")
-        variables[name] = value
-        if not has_value:
-            del variables[name]
-    return variables
+    given = {name: os.environ.get(name) if value is None else value for name, value in given}
+    image, default = dict(parse("--env", config.get("Env") or [])), {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    variables = {**default, **({"TERM": "xterm"} if terminal else {}), **given, **image, **given}
+    return {name: value for name, value in variables.items() if value is not None}
 
 def create_container(container, undo):
     """Its directory, and its name, which no other may have."""
