@@ -82,9 +82,9 @@ class MockerError(Exception):
         super().__init__(message)
         self.status, self.errno = status, number
 
-def check(holds, message):
+def check(holds, message, status=125):
     if not holds:
-        raise MockerError(message)
+        raise MockerError(message, status)
 
 @contextlib.contextmanager
 def explained(kinds, message):
@@ -137,32 +137,26 @@ def step(part=None):
         def told(*arguments):
             left_out = part is not None and part not in arguments[0].parts
             heading, _, text = function.__doc__.partition("\n\n")
-            narrate(f"■ {heading}{' (left out)' * left_out}", re.split(r"\n\s+(?=See )", text))
+            narrate(f"■ {heading}{' (left out)' * left_out}", text)
             return None if left_out else function(*arguments)
         return told
     return decorate
 
-def narrate(heading, paragraphs=()):
-    """For a projector: 80 columns."""
+def narrate(heading, text=""):
+    """For a projector: 80 columns. With --step the speaker sets the pace."""
     if story.level < EXPLAIN and not story.script:
         return
-    lines = [line for text in paragraphs for line in textwrap.wrap(" ".join(text.split()), 76, break_on_hyphens=False)]
-    body = [f"  {line}" for line in lines]
-    if story.level >= EXPLAIN:
-        write_line("")
-        write_line(heading, "heading")
-        for line in body:
-            write_line(line)
-        wait_for_enter()
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s+(?=See )", text)]
+    lines = [f"  {line}" for part in paragraphs for line in textwrap.wrap(part, 76, break_on_hyphens=False)]
     if story.script:
-        story.script.add("\n" + "\n".join(f"# {line}" for line in [heading, *body]))
-
-def wait_for_enter():
-    """With --step the speaker sets the pace."""
+        story.script.add("\n" + "\n".join(f"# {line}" for line in [heading, *lines]))
+        return
+    for line, style in [("", ""), (heading, "heading"), *((line, "") for line in lines)]:
+        write_line(line, style)
     if story.stepping is not None:
         os.write(story.stepping, b"  [Enter goes on, q ends] ")
-        if os.read(story.stepping, 100).strip().lower() == b"q":
-            raise MockerError("ended at your word; nothing is left behind", status=0)
+        answer = os.read(story.stepping, 100).strip().lower()
+        check(answer != b"q", "ended at your word; nothing is left behind", status=0)
 
 def set_story(arguments):
     """-q, --explain, --step; colours unless NO_COLOR is set or stderr is no terminal."""
@@ -1996,15 +1990,14 @@ def seccomp_filter(capabilities):
             if number and not set(unlocking.split("|")) & set(capabilities):
                 # clone3 keeps its flags where no filter can look; told ENOSYS, the C library takes clone.
                 program += [op(equal, int(number), 1), unknown if name == "clone3" else refuse]
-    if "SYS_ADMIN" not in capabilities:
-        program += [op(equal, 56 if x86 else 220, 4), op(load, 16), op(any_bit, CLONE_NEW, 1), refuse, allow]
-    program += [op(equal, 41 if x86 else 198, 2 + 2 * len(FAMILIES)), op(load, 16)]  # socket
-    for family in FAMILIES:
-        program += [op(equal, family, 1), refuse]
-    program += [allow, op(equal, 135 if x86 else 92, 2 + 2 * len(PERSONALITIES)), op(load, 16)]
-    for personality in PERSONALITIES:
-        program += [op(equal, personality, 1), allow]
-    return b"".join(program + [refuse, allow])
+    # Three calls depend on their first argument: (x86_64, aarch64), comparison, values, answer to those, to others
+    for numbers, compare, values, those, others in [
+            ((56, 220), any_bit, [] if "SYS_ADMIN" in capabilities else [CLONE_NEW], refuse, allow),  # clone
+            ((41, 198), equal, FAMILIES, refuse, allow),  # socket
+            ((135, 92), equal, PERSONALITIES, allow, refuse)]:  # personality
+        body = [op(load, 16)] + [line for value in values for line in (op(compare, value, 1), those)] + [others]
+        program += [op(equal, numbers[0 if x86 else 1], len(body)), *body]
+    return b"".join([*program, allow])
 
 def capabilities_of(kind, pid="self"):
     """The names in a process's set: CapEff is what it may do, CapBnd what anybody it starts can ever get."""
@@ -2014,9 +2007,6 @@ def capabilities_of(kind, pid="self"):
 
 def choose_capabilities(add, drop, privileged):
     """--cap-add, --cap-drop and --privileged → the capabilities that are kept, as docker counts them."""
-    add, drop = ([name.upper().removeprefix("CAP_") for name in names] for names in (add, drop))
-    for name in add + drop:
-        check(name in [*CAPABILITIES, "ALL"], f"unknown capability '{name}': write one of man 7 capabilities, or ALL")
     if "ALL" in add or privileged:
         kept = set(CAPABILITIES) - set(drop)
     else:
@@ -2088,61 +2078,46 @@ def set_capabilities(names):
     low, high, version_3 = bits & 0xFFFFFFFF, bits >> 32, 0x20080522
     call("capset", struct.pack("Ii", version_3, 0), struct.pack("6I", low, low, 0, high, high, 0))
 
+# name:password:uid:gid:comment:home… and name:password:gid:members → name, number, …
+PASSWD_LINE = r"^([^:\r\n]*):[^:\n]*:([0-9]{1,10}):([0-9]{1,10}):[^:\n]*:([^:\r\n]*)"
+GROUP_LINE = r"^([^:\r\n]*):[^:\n]*:([0-9]{1,10})(?![^:\r\n]):?([^:\r\n]*)"
+
 def find_user(text):
     """-u, or the image's User, looked up in the image's own files → uid, gids, home"""
     name, _, group = text.partition(":")
-    groups = read_colons("/etc/group", 3)
-    account = find_entry(read_colons("/etc/passwd", 6), name or "0", "user", "passwd")
-    uid, gids, home = int(account[2] if account else name or 0), [0], account[5] if account else "/"
+    groups = read_entries("/etc/group", GROUP_LINE)
+    account, uid, gid, home = find_entry(read_entries("/etc/passwd", PASSWD_LINE), name or "0", "user", "passwd")
+    gids = [gid] + [gid for _, gid, members in groups if account in members.split(",")]
     if group:
-        entry = find_entry(groups, group, "group", "group")
-        gids = [int(entry[2] if entry else group)]
-    elif account:
-        more = [int(entry[2]) for entry in groups if account[0] in entry[3].split(",")]
-        gids = list(dict.fromkeys([int(account[3]), *more]))
+        gids = [find_entry(groups, group, "group", "group")[1]]
+    uid, *gids = map(int, [uid, *gids])
     check(all(number < 2**31 for number in (uid, *gids)), "uids and gids must be in range 0-2147483647")
-    return uid, gids, home
-
-def is_id(text):
-    return re.fullmatch("[0-9]{1,10}", text, re.ASCII) is not None
+    return uid, list(dict.fromkeys(gids)), home
 
 def find_entry(entries, key, kind, file):
     """By name, or by number if the key is one: then no name counts, and any number will do."""
+    is_number = re.fullmatch("[0-9]{1,10}", key)
     for entry in entries:
-        if int(entry[2]) == int(key) if is_id(key) else entry[0] == key:
+        if int(entry[1]) == int(key) if is_number else entry[0] == key:
             return entry
-    check(is_id(key), f"unable to find {kind} {key}: no matching entries in {file} file")
-    return None
+    check(is_number, f"unable to find {kind} {key}: no matching entries in {file} file")
+    return None, key, "0", "/"
 
-def read_colons(path, count):
-    """Lines of /etc/passwd or /etc/group, as lists of fields. Any file may stand there: a FIFO, or a kernel's."""
+def read_entries(path, line):
+    """Of /etc/passwd or /etc/group. Any file may stand there: a FIFO, or a kernel's."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return []
     text = os.read(handle, 1 << 20).decode(errors="replace") if stat.S_ISREG(os.fstat(handle).st_mode) else ""
     os.close(handle)
-    entries, ids = [line.split(":") for line in text.splitlines()], slice(2, 4 if count > 3 else 3)
-    return [[*entry, ""] for entry in entries if len(entry) >= count and all(map(is_id, entry[ids]))]
+    return re.findall(line, text, re.M)
 
 # ═══ run: the chapters above, in order ═══════════════════════════════════════════════════════════
 
 NAMESPACES = ("mnt", "uts", "ipc", "pid", "net", "cgroup", "user")
 PARTS = ("net", "pid", "mount", "uts", "ipc", "cgroup", "overlay", "pivot_root", "caps", "seccomp", "mask", "user")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# What an option's value looks like, and how to say so.
-FORMS = {
-    "--name": (r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", "letters and digits, after the first also _ . and -"),
-    "--env": (r"[^=]+(=.*)?", "NAME=VALUE, or NAME to take it from here"),
-    "--workdir": (r"/.*", "an absolute path"),
-    "--network": (r"bridge|none|host", "bridge, none or host"),
-    "--memory": (r"(\d{1,19})([bkmg]?)b?", "a number and b, k, m or g, as in 512m"),
-    "--cpus": (r"\d+\.?\d*|\.\d+", "a number of CPUs, as in 1.5"),
-    "--pids-limit": (r"-1|\d{1,9}", "a number, as in 100"),
-    "--volume": (r"([^:]+):(/[^:]*)(:ro|:rw)?", "host:container or host:container:ro, the latter as an absolute path"),
-    "--publish": (r"(?:(\d+\.\d+\.\d+\.\d+):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?",
-                  "[ip:]host:container[/udp], as in 8080:80"),
-}
 
 def run(arguments):
     """Run a command in a container. The image is pulled if it is not here.
@@ -2171,9 +2146,11 @@ def run(arguments):
     """
     need_root("run")
     need_disk()
-    container = Container(arguments)
-    container.take_image(find_image(arguments["<name>"]), arguments)
-    return rehearse(container) if arguments["--by-hand"] else perform(container)
+    given = {**arguments, **{option: parse(option, arguments[option]) for option in FORMS}}
+    has_keys = os.isatty(0) or not (given["--tty"] and given["--interactive"])
+    check(has_keys, "the input device is not a TTY: leave out -t")
+    container = Container(given, find_image(given["<name>"]))  # pulled only now that all of this is right
+    return rehearse(container) if given["--by-hand"] else perform(container)
 
 def perform(container):
     """What a container is, from the outside."""
@@ -2244,53 +2221,89 @@ def inside(container):
     become_user(container)
     execute(container)
 
+# ── What the command line says ─────────────────────────────────────────────────────────────────────
+
+def to_bytes(number, unit):
+    """512, m → 536870912"""
+    size = int(number) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[unit.lower()]
+    return size if size == 0 or 6 << 20 <= size < 1 << 63 else None
+
+def to_cpus(number):
+    return float(number) if 0.01 <= float(number) <= os.cpu_count() else None
+
+def to_volume(host, target, mode):
+    """→ (host, container, read-only)"""
+    return (os.path.abspath(host), target, mode == ":ro") if os.path.normpath(target).strip("/") else None
+
+def to_port(address, outer, inner, protocol):
+    """→ (ip, host, container, protocol)"""
+    are_ports = 0 < int(outer) < 65536 and 0 < int(inner) < 65536
+    return (address or "0.0.0.0", int(outer), int(inner), protocol or "tcp") if are_ports else None
+
+def to_parts(names):
+    parts = set(filter(None, names.split(",")))
+    return parts if parts <= {*PARTS, "chroot"} else None
+
+CAPABILITY = (rf"(?i)(?:CAP_)?({'|'.join(CAPABILITIES)}|ALL)", str.upper, "a capability of man 7 capabilities, or ALL")
+SOME_PARTS = ("(.*)", to_parts, f"some of {','.join(PARTS)}, chroot")
+# What a value looks like, what its groups become (None: it is out of range), and how to say so.
+FORMS = {
+    "--cap-add": CAPABILITY, "--cap-drop": CAPABILITY, "--without": SOME_PARTS, "--only": SOME_PARTS,
+    "--name": (r"([a-zA-Z0-9][a-zA-Z0-9_.-]+)", str, "letters and digits, after the first also _ . and -"),
+    "--env": (r"([^=]+)(?:=(.*))?", lambda *pair: pair, "NAME=VALUE, or NAME to take it from here"),
+    "--workdir": (r"(/.*)", os.path.normpath, "an absolute path"),
+    "--network": (r"(bridge|none|host)", str, "bridge, none or host"),
+    "--memory": (r"(?i)(\d{1,19})([bkmg]?)b?", to_bytes, "a number and b, k, m or g, of 6MB or more, as in 512m"),
+    "--cpus": (r"(\d+\.?\d*|\.\d+)", to_cpus, f"a number from 0.01 to this machine's {os.cpu_count()} CPUs"),
+    "--pids-limit": (r"-1|0|(\d{1,9})", lambda number: int(number or 0), "a number, as in 100"),
+    "--volume": (r"([^:]+):(/[^:]*)(:ro|:rw)?", to_volume,
+                 "host:container or host:container:ro, the latter as an absolute path, but not '/'"),
+    "--publish": (r"(?:(\d+\.\d+\.\d+\.\d+):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?", to_port,
+                  "[ip:]host:container[/udp], as in 8080:80; ports are from 1 to 65535"),
+}
+
+def parse(option, text):
+    """What a value means, as FORMS has it; of several, each."""
+    if text is None or isinstance(text, list):
+        return text and [parse(option, one) for one in text]
+    pattern, meaning, form = FORMS[option]
+    match = re.fullmatch(pattern, text, re.ASCII | re.DOTALL)
+    value = match and meaning(*match.groups())
+    check(value is not None, f"invalid {option} '{text[:100]}': write {form}")
+    return value
+
 class Container:
     """What is to be run, and what was made for it so far."""
 
-    def __init__(self, arguments):
-        """From the command line, which is to be right before anything is pulled."""
+    def __init__(self, given, image):
+        """What the command line leaves open, the image's config says."""
+        config, self.image = image.config.get("config") or {}, image
         self.id = os.urandom(4).hex()
         self.directory = store("containers", self.id)
-        self.parts = choose_parts(arguments["--without"], arguments["--only"])
-        self.name = parse("--name", arguments["--name"] or self.id)[0]
-        self.hostname = arguments["--hostname"] or self.id
-        self.remove = arguments["--rm"]
-        self.terminal, interactive = arguments["--tty"], arguments["--interactive"]
-        check(not self.terminal or not interactive or os.isatty(0), "the input device is not a TTY: leave out -t")
+        self.parts = choose_parts(given["--without"], given["--only"])
+        self.name, self.hostname = given["--name"] or self.id, given["--hostname"] or self.id
+        self.terminal = given["--tty"]
         # With -i, whatever it is; without, a pipe or a file is passed on, and a terminal left alone.
-        self.takes_stdin = interactive or not (self.terminal or stat.S_ISCHR(os.fstat(0).st_mode))
-        for text in arguments["--env"]:
-            parse("--env", text)
-        parse("--workdir", arguments["--workdir"] or "/")
-        self.memory = parse_size(arguments["--memory"] or "0")
-        self.cpus = parse_cpus(arguments["--cpus"])
-        self.pids_limit = max(0, int(parse("--pids-limit", arguments["--pids-limit"] or "0")[0]))  # 0 and -1: none
-        self.network = parse("--network", arguments["--network"] or "bridge")[0] if "net" in self.parts else "host"
-        self.volumes = [parse_volume(text) for text in arguments["--volume"]]
-        self.ports = [parse_port(text) for text in arguments["--publish"]]
-        self.privileged, self.read_only = arguments["--privileged"], arguments["--read-only"]
-        self.capabilities = choose_capabilities(arguments["--cap-add"], arguments["--cap-drop"], self.privileged)
+        self.takes_stdin = given["--interactive"] or not (self.terminal or stat.S_ISCHR(os.fstat(0).st_mode))
+        self.memory, self.cpus, self.pids_limit = given["--memory"] or 0, given["--cpus"], given["--pids-limit"]
+        self.network = (given["--network"] or "bridge") if "net" in self.parts else "host"
+        self.volumes, self.ports = given["--volume"], given["--publish"]
+        self.privileged, self.read_only, self.remove = given["--privileged"], given["--read-only"], given["--rm"]
+        self.capabilities = choose_capabilities(given["--cap-add"], given["--cap-drop"], self.privileged)
         self.address = self.gateway = self.pid = None
         self.holders, self.cgroups, self.cgroup_version = set(), [], cgroup_version()
         names = [name for name in os.listdir("/dev") if name != "ptmx"] if self.privileged else DEVICES
         self.devices = {name: os.stat(f"/dev/{name}") for name in names
                         if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")}
         self.host_namespaces = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
-
-    def take_image(self, image, arguments):
-        """What the command line leaves open, the image's config says."""
-        config, self.image = image.config.get("config") or {}, image
-        self.arguments = command_line(config, arguments["--entrypoint"], arguments["<command>"])
-        self.environment = environment(config, arguments["--env"], self.hostname, self.terminal)
-        self.user = arguments["--user"] or config.get("User") or ""
-        folder = arguments["--workdir"] or config.get("WorkingDir") or "/"
-        self.working_directory = os.path.normpath(parse("--workdir", folder)[0])
+        self.arguments = command_line(config, given["--entrypoint"], given["<command>"])
+        self.environment = environment(config, given["--env"], self.hostname, self.terminal)
+        self.user = given["--user"] or config.get("User") or ""
+        self.working_directory = given["--workdir"] or parse("--workdir", config.get("WorkingDir") or "/")
 
 def choose_parts(without, only):
     """--without=net,pid: all other parts; --only=net,pid: none but these; chroot is what then remains."""
-    named = {name for name in (without or only or "").split(",") if name}
-    check(named <= {*PARTS, "chroot"}, f"no such part: {', '.join(named - {*PARTS})}: there are {', '.join(PARTS)}")
-    parts = named if only is not None else {*PARTS} - named
+    parts = {*PARTS} - (without or set()) if only is None else only
     if "pivot_root" in parts and "mount" not in parts:
         say("without a mount namespace, pivot_root would move this machine's own root: chroot instead")
     return parts - (set() if "mount" in parts else {"pivot_root"})
@@ -2316,48 +2329,10 @@ def command_line(config, entrypoint, command):
 
 def environment(config, given, hostname, terminal):
     """Those of -e, then the image's others, over the defaults; a name without a value takes one away, as in docker."""
-    variables = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, **({"TERM": "xterm"} if terminal else {})}
-    given = [f"{text}={os.environ[text]}" if text in os.environ else text for text in given]
-    replaced = {text.partition("=")[0] for text in given}
-    for text in given + [text for text in config.get("Env") or [] if text.partition("=")[0] not in replaced]:
-        name, has_value, value = parse("--env", text)[0].partition("=")
-        variables[name] = value
-        if not has_value:
-            del variables[name]
-    return variables
-
-def parse(option, text):
-    """An option's value, or a MockerError that says how to write it. → re.Match"""
-    pattern, form = FORMS[option]
-    match = re.fullmatch(pattern, text, re.ASCII | re.DOTALL)
-    check(match, f"invalid {option} '{text[:100]}': write {form}")
-    return match
-
-def parse_size(text):
-    """512m → 536870912 bytes; b, k, m, g as docker's."""
-    match = parse("--memory", text.lower())
-    size = int(match[1]) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[match[2]]
-    check(size == 0 or 6 << 20 <= size < 1 << 63, f"invalid --memory '{text}': minimum is 6MB, maximum 63 bits")
-    return size
-
-def parse_cpus(text):
-    """1.5 → 1.5; None without a limit."""
-    cpus = float(parse("--cpus", text)[0]) if text else None
-    there = os.cpu_count()
-    check(not text or 0.01 <= cpus <= there, f"invalid --cpus '{text}': this machine has {there} CPUs")
-    return cpus
-
-def parse_volume(text):
-    """host:container[:ro] → (host, container, read-only)"""
-    host, target, mode = parse("--volume", text).groups()
-    check(os.path.normpath(target).strip("/"), f"invalid --volume '{text}': it can't be mounted on '/'")
-    return os.path.abspath(host), target, mode == ":ro"
-
-def parse_port(text):
-    """[ip:]host:container[/udp] → (ip, host, container, protocol)"""
-    address, outer, inner, protocol = parse("--publish", text).groups()
-    check(0 < int(outer) < 65536 and 0 < int(inner) < 65536, f"invalid --publish '{text}': ports are from 1 to 65535")
-    return address or "0.0.0.0", int(outer), int(inner), protocol or "tcp"
+    given = {name: os.environ.get(name) if value is None else value for name, value in given}
+    image, default = dict(parse("--env", config.get("Env") or [])), {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    variables = {**default, **({"TERM": "xterm"} if terminal else {}), **given, **image, **given}
+    return {name: value for name, value in variables.items() if value is not None}
 
 def create_container(container, undo):
     """Its directory, and its name, which no other may have."""
@@ -2454,15 +2429,15 @@ def open_streams(container):
         fcntl.ioctl(slave, 0x540E, 0)  # TIOCSCTTY: the controlling terminal, whose Ctrl-C is a signal
         os.close(os.open("/dev/console", os.O_CREAT | os.O_WRONLY, 0o600))
         mount(os.ttyname(slave), "/dev/console", "", MS_BIND)
-        inner, outer = [slave, slave, slave], [outer]
+        inner, outer = [slave, slave, slave], [outer, outer]
     else:
         (stdout, out), (stderr, err), (keys, stdin) = os.pipe(), os.pipe(), os.pipe()
         nothing = os.open("/dev/null", os.O_RDWR)  # the container's own, not the host's
-        inner, outer = [keys if container.takes_stdin else nothing, out, err], [stdout, stderr, stdin]
+        inner, outer = [keys if container.takes_stdin else nothing, out, err], [stdin, stdout, stderr]
     socket.send_fds(container.wire, [b"streams"], outer)
     for number, stream in enumerate(inner):
         os.dup2(stream, number)
-    for descriptor in outer:
+    for descriptor in set(outer):
         os.close(descriptor)
     container.wire.close()
 
@@ -2489,8 +2464,7 @@ def execute(container):
     """
     name, path = container.arguments[0], container.environment.get("PATH")
     places = [os.path.join(folder or ".", name) for folder in path.split(":")] if path else []
-    places = [place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)]
-    places = [name] if "/" in name else places
+    places = [name] if "/" in name else [at for at in places if os.path.isfile(at) and os.access(at, os.X_OK)]
     try:
         if not places:
             raise FileNotFoundError(errno.ENOENT, "not found in $PATH")
@@ -2515,8 +2489,11 @@ def attend(container):
     try:
         write_config(container, "running")
         streams = socket.recv_fds(container.wire, 10, 3)[1]  # none, if it failed before it made them
-        terminal = streams[0] if len(streams) == 1 else None
-        with raw_terminal(terminal if container.takes_stdin else None):
+        terminal = streams[1] if container.terminal and streams else None
+        with contextlib.ExitStack() as undo:
+            if terminal and container.takes_stdin:  # keys go through as they are, Ctrl-C too: it interprets them
+                undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
+                tty.setraw(0)
             outputs = start_relays(container, streams)
             forward_signals(handle, terminal)
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
@@ -2536,20 +2513,19 @@ def attend(container):
 
 def start_relays(container, streams):
     """A thread for each direction. → those of the outputs: stdin may wait for a key forever."""
-    outputs, copies = streams[:2], open_copies(container)
-    stdin = streams[2:] or [os.dup(terminal) for terminal in streams]
-    ways = [(source, target, copies) for source, target in zip(outputs, (1, 2))]
-    ways += [(os.dup(0), target, ()) for target in stdin if container.takes_stdin]
+    copies = open_copies(container)
+    ways = [(source, target, copies) for source, target in zip(streams[1:], (1, 2))]
+    ways += [(os.dup(0), target) for target in streams[:1] if container.takes_stdin]
     threads = [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
     signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # for the threads: signals are the main one's
     for thread in threads:
         thread.start()
-    return threads[: len(outputs)]
+    return threads[: len(streams[1:])]
 
 def relay(source, target, copies=()):
     """Copy until there is no more, or nobody reads any more; closing both ends tells the others."""
     with contextlib.suppress(OSError):  # EPIPE, or EIO from a terminal whose other side is gone
-        while data := read_some(source):
+        while data := insist(os.read, source, 1 << 16):
             for copy in copies:
                 with contextlib.suppress(OSError):  # a full disk must not stop the container
                     os.write(copy, data)
@@ -2558,20 +2534,18 @@ def relay(source, target, copies=()):
     if target > 2:
         os.close(target)
 
-def read_some(source):
-    """Here and in write_all: another program may have made our streams non-blocking."""
-    while True:
-        try:
-            return os.read(source, 1 << 16)
-        except BlockingIOError:
-            select.select([source], [], [])
-
 def write_all(target, data):
     while data:
+        data = data[insist(os.write, target, data) :]
+
+def insist(function, stream, argument):
+    """read(2) or write(2), even if another program has made our streams non-blocking."""
+    while True:
         try:
-            data = data[os.write(target, data) :]
+            return function(stream, argument)
         except BlockingIOError:
-            select.select([], [target], [])
+            readable, writable = ([stream], []) if function is os.read else ([], [stream])
+            select.select(readable, writable, [])
 
 def forward_signals(handle, terminal):
     """What reaches mocker goes on to number 1. That ignores what it has no handler for; the third
@@ -2597,23 +2571,9 @@ def forwarded():
 
 def copy_window_size(terminal):
     """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""
-    TIOCGWINSZ, TIOCSWINSZ = 0x5413, 0x5414
     if terminal is not None:
         with contextlib.suppress(OSError):
-            fcntl.ioctl(terminal, TIOCSWINSZ, fcntl.ioctl(0, TIOCGWINSZ, bytes(8)))
-
-@contextlib.contextmanager
-def raw_terminal(terminal):
-    """Keys go through as they are, Ctrl-C too: the container's own terminal interprets them."""
-    if terminal is None:
-        yield
-        return
-    before = termios.tcgetattr(0)
-    try:
-        tty.setraw(0)
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8)))
 
 def open_copies(container):
     """Where output goes besides our own: the container's log, and /tmp/stdout, as ever.
@@ -2679,9 +2639,9 @@ class Answers:
             elif query.get("Signature") == self.sign(f"blob {path[1:]}"):
                 self.send_blob(path[1:], "application/octet-stream")
             else:
-                self.refuse(403, "DENIED")
+                self.reply(403, "DENIED")
         except (MockerError, FileNotFoundError):  # the store has lost it
-            self.refuse(404, "BLOB_UNKNOWN")
+            self.reply(404, "BLOB_UNKNOWN")
 
     do_HEAD = do_GET
 
@@ -2690,7 +2650,7 @@ class Answers:
         scope, host = f"repository:{repository}:pull", self.headers.get("Host", "localhost")
         if self.headers.get("Authorization") != f"Bearer {self.sign(f'token {scope}')}":
             challenge = f'Bearer realm="http://{host}/token",service="mocker",scope="{scope}"'
-            return self.refuse(401, "UNAUTHORIZED", WWW_Authenticate=challenge)
+            return self.reply(401, "UNAUTHORIZED", WWW_Authenticate=challenge)
         if not kind:  # /v2/ itself: is this a registry?
             return self.reply(200, {})
         for image in [one for one in all_images() if repository in (one.name, one.name.partition("/")[2])]:
@@ -2701,7 +2661,7 @@ class Answers:
             if kind == "blobs" and name in [blob["digest"] for blob in image.blobs]:
                 cdn = f"http://{host.rpartition(':')[0] or host}:{self.cdn_port}"
                 return self.reply(307, {}, Location=f"{cdn}/{name}?Signature={self.sign(f'blob {name}')}")
-        return self.refuse(404, f"{kind.upper()[:-1]}_UNKNOWN")
+        return self.reply(404, f"{kind.upper()[:-1]}_UNKNOWN")
 
     def send_blob(self, digest, kind):
         """Or the rest of it, from a Range on."""
@@ -2710,27 +2670,24 @@ class Answers:
             size = os.fstat(file.fileno()).st_size
             start = file.seek(min(int(wanted[1]), size) if wanted else 0)
             part = {"Content_Range": f"bytes {start}-{size - 1}/{size}"} if wanted else {}
-            self.reply(206 if wanted else 200, file, size - start,
-                       Content_Type=kind, Docker_Content_Digest=digest, **part)
+            self.reply(206 if wanted else 200, pieces(file), Content_Type=kind, Content_Length=size - start,
+                       Docker_Content_Digest=digest, **part)
 
     def sign(self, text):
         return hmac.new(self.key, text.encode(), "sha256").hexdigest()
 
-    def refuse(self, status, code, **headers):
-        """The error document of the distribution spec."""
-        self.reply(status, {"errors": [{"code": code, "message": code.lower()}]}, **headers)
-
-    def reply(self, status, body, size=None, **headers):
-        """Status, headers and, unless it is a HEAD, the body: a document, or an open file."""
-        if size is None:
-            raw = json.dumps(body).encode()
-            body, size = io.BytesIO(raw), len(raw)
+    def reply(self, status, body, **headers):
+        """Status, headers and, unless it is a HEAD, the body: pieces of a blob, a document, or an error's code."""
+        if isinstance(body, str):  # as the distribution spec has it
+            body = {"errors": [{"code": body, "message": body.lower()}]}
+        if isinstance(body, dict):
+            body = [json.dumps(body).encode()]
+            headers = {"Content_Type": "application/json", "Content_Length": len(body[0]), **headers}
         self.send_response(status)
-        for name, value in {"Content_Type": "application/json", "Content_Length": size, **headers}.items():
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command != "HEAD":
-            shutil.copyfileobj(body, self.wfile)
+        self.wfile.writelines(body if self.command != "HEAD" else [])
 
     def log_message(self, *_):
         say(f"{self.client_address[0]} {self.requestline.partition('?')[0]}")
@@ -2800,27 +2757,26 @@ def try_firewall():
     """In a network of its own: that nft can list its tables does not say that this kernel has NAT."""
     unshare(CLONE_NEWNET, ["net"])
     rules = [("type nat hook postrouting priority 100; masquerade", "nat POSTROUTING -j MASQUERADE")]
-    if tool := add_rules("mocker", rules):
-        return tool
-    raise MockerError("neither nft nor iptables works: a container reaches this machine, but not beyond, and no "
-                      "port is published: apt install nftables", status=0)
+    tool = add_rules("mocker", rules)
+    check(tool, "neither nft nor iptables works: a container reaches this machine, but not beyond, and no port is "
+          "published: apt install nftables", status=0)
+    return tool
 
 def look_at_cgroup():
     version = cgroup_version()
     need_cgroup(version)
     there = read_kernel_file(f"{CGROUP}/cgroup.controllers").split() if version == 2 else os.listdir(CGROUP)
     missing = {"memory", "pids", "cpu"} - {*there}
-    if missing:
-        raise MockerError(f"v{version}, without {', '.join(missing)}: that can't be limited; try "
-                          "cgroup_enable=memory on the kernel's command line", status=0)
+    check(not missing, f"v{version}, without {', '.join(missing)}: that can't be limited; try "
+          "cgroup_enable=memory on the kernel's command line", status=0)
     return f"v{version}, with memory, pids, cpu"
 
 def look_at_subnet():
     routes = read_routes()
     if any(interface == BRIDGE for interface, *_ in routes):
         return f"{BRIDGE} is up"
-    if free_subnet(routes) != SUBNETS[0]:
-        raise MockerError(f"{SUBNETS[0]}.0/24 is in use here: run takes {free_subnet(routes)}.0/24", status=0)
+    free = free_subnet(routes)
+    check(free == SUBNETS[0], f"{SUBNETS[0]}.0/24 is in use here: run takes {free}.0/24", status=0)
     return f"{SUBNETS[0]}.0/24 is free"
 
 def look_for_leftovers():
