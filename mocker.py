@@ -2078,40 +2078,42 @@ def set_capabilities(names):
     low, high, version_3 = bits & 0xFFFFFFFF, bits >> 32, 0x20080522
     call("capset", struct.pack("Ii", version_3, 0), struct.pack("6I", low, low, 0, high, high, 0))
 
-# name:password:uid:gid:comment:home… and name:password:gid:members → name, number, …
-PASSWD_LINE = r"^([^:\r\n]*):[^:\n]*:([0-9]{1,10}):([0-9]{1,10}):[^:\n]*:([^:\r\n]*)"
-GROUP_LINE = r"^([^:\r\n]*):[^:\n]*:([0-9]{1,10})(?![^:\r\n]):?([^:\r\n]*)"
-
 def find_user(text):
     """-u, or the image's User, looked up in the image's own files → uid, gids, home"""
     name, _, group = text.partition(":")
-    groups = read_entries("/etc/group", GROUP_LINE)
-    account, uid, gid, home = find_entry(read_entries("/etc/passwd", PASSWD_LINE), name or "0", "user", "passwd")
-    gids = [gid] + [gid for _, gid, members in groups if account in members.split(",")]
+    groups = read_colons("/etc/group", 3)
+    account = find_entry(read_colons("/etc/passwd", 6), name or "0", "user", "passwd")
+    uid, gids, home = int(account[2] if account else name or 0), [0], account[5] if account else "/"
     if group:
-        gids = [find_entry(groups, group, "group", "group")[1]]
-    uid, *gids = map(int, [uid, *gids])
+        entry = find_entry(groups, group, "group", "group")
+        gids = [int(entry[2] if entry else group)]
+    elif account:
+        more = [int(entry[2]) for entry in groups if account[0] in entry[3].split(",")]
+        gids = list(dict.fromkeys([int(account[3]), *more]))
     check(all(number < 2**31 for number in (uid, *gids)), "uids and gids must be in range 0-2147483647")
-    return uid, list(dict.fromkeys(gids)), home
+    return uid, gids, home
+
+def is_id(text):
+    return re.fullmatch("[0-9]{1,10}", text, re.ASCII) is not None
 
 def find_entry(entries, key, kind, file):
     """By name, or by number if the key is one: then no name counts, and any number will do."""
-    is_number = re.fullmatch("[0-9]{1,10}", key)
     for entry in entries:
-        if int(entry[1]) == int(key) if is_number else entry[0] == key:
+        if int(entry[2]) == int(key) if is_id(key) else entry[0] == key:
             return entry
-    check(is_number, f"unable to find {kind} {key}: no matching entries in {file} file")
-    return None, key, "0", "/"
+    check(is_id(key), f"unable to find {kind} {key}: no matching entries in {file} file")
+    return None
 
-def read_entries(path, line):
-    """Of /etc/passwd or /etc/group. Any file may stand there: a FIFO, or a kernel's."""
+def read_colons(path, count):
+    """Lines of /etc/passwd or /etc/group, as lists of fields. Any file may stand there: a FIFO, or a kernel's."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return []
     text = os.read(handle, 1 << 20).decode(errors="replace") if stat.S_ISREG(os.fstat(handle).st_mode) else ""
     os.close(handle)
-    return re.findall(line, text, re.M)
+    entries, ids = [line.split(":") for line in text.splitlines()], slice(2, 4 if count > 3 else 3)
+    return [[*entry, ""] for entry in entries if len(entry) >= count and all(map(is_id, entry[ids]))]
 
 # ═══ run: the chapters above, in order ═══════════════════════════════════════════════════════════
 
