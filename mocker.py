@@ -2148,7 +2148,7 @@ def run(arguments):
     """
     need_root("run")
     need_disk()
-    given = {**arguments, **{option: parse(option, arguments[option]) for option in FORMS}}
+    given = {**arguments, **{option: parse(option, arguments[option]) for option in FORMS if arguments[option]}}
     has_keys = os.isatty(0) or not (given["--tty"] and given["--interactive"])
     check(has_keys, "the input device is not a TTY: leave out -t")
     container = Container(given, find_image(given["<name>"]))  # pulled only now that all of this is right
@@ -2266,8 +2266,8 @@ FORMS = {
 
 def parse(option, text):
     """What a value means, as FORMS has it; of several, each."""
-    if text is None or isinstance(text, list):
-        return text and [parse(option, one) for one in text]
+    if isinstance(text, list):
+        return [parse(option, one) for one in text]
     pattern, meaning, form = FORMS[option]
     match = re.fullmatch(pattern, text, re.ASCII | re.DOTALL)
     value = match and meaning(*match.groups())
@@ -2305,7 +2305,7 @@ class Container:
 
 def choose_parts(without, only):
     """--without=net,pid: all other parts; --only=net,pid: none but these; chroot is what then remains."""
-    parts = {*PARTS} - (without or set()) if only is None else only
+    parts = {*PARTS} - set(without or ()) if only is None else set(only)
     if "pivot_root" in parts and "mount" not in parts:
         say("without a mount namespace, pivot_root would move this machine's own root: chroot instead")
     return parts - (set() if "mount" in parts else {"pivot_root"})
