@@ -886,11 +886,9 @@ def unpack_layer(digest, diff_ids, directory):
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar)
         mount_overlay(below[::-1], directory)
-        try:
-            with confined(f"{directory}/rootfs"):
-                unpacker.unpack()
-        finally:
-            unmount(f"{directory}/rootfs")
+        with confined(f"{directory}/rootfs"):
+            unpacker.unpack()
+        unmount(f"{directory}/rootfs")  # (after a fault, it goes with this process)
     with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
         os.rename(f"{directory}/upper", layer)
     check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
