@@ -692,11 +692,18 @@ def gunzip(file):
             piece = member.unconsumed_tail or member.unused_data
     check(member.eof, "a layer's gzip is cut off: pull again")
 
-def inflate(file, diff_id):
-    """The tar in a blob, piece by piece; bounded, and at its end checked against the diff_id."""
+def read_ahead(pieces, thread):
+    """The same pieces; while one is used, a thread makes the next ones."""
+    ready = collections.deque(thread.submit(next, pieces, None) for _ in range(8))
+    while (piece := ready.popleft().result()) is not None:
+        ready.append(thread.submit(next, pieces, None))
+        yield piece
+
+def checked(pieces, diff_id):
+    """The same pieces, of a layer's tar; bounded, and at their end checked against the diff_id."""
     algorithm, _, wanted = diff_id.partition(":")
     found, total = hashlib.new(algorithm), 0
-    for piece in decompressed(file):
+    for piece in pieces:
         found.update(piece)
         total += len(piece)
         check(total <= LAYER_LIMIT, f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, "
@@ -705,13 +712,6 @@ def inflate(file, diff_id):
     check(found.hexdigest() == wanted, f"a layer does not unpack to its diff_id {diff_id[:19]}…: damaged, or forged")
     if not total:
         yield bytes(1024)  # no bytes at all are a tar of no files
-
-def read_ahead(pieces, thread):
-    """The same pieces; while one is used, a thread makes the next ones."""
-    ready = collections.deque(thread.submit(next, pieces, None) for _ in range(8))
-    while (piece := ready.popleft().result()) is not None:
-        ready.append(thread.submit(next, pieces, None))
-        yield piece
 
 class TarStream:
     """Pieces of a tar as a file that is read from front to back."""
@@ -882,7 +882,7 @@ def unpack_layer(digest, diff_ids, directory):
     *below, layer = map(layer_path, chain_ids(diff_ids))
     # (The thread ends outside: an older C library loads something to end one, and must not take it from the image.)
     with damage_explained(), open(blob_path(digest), "rb") as blob, futures.ThreadPoolExecutor(1) as thread:
-        file = TarStream(read_ahead(inflate(blob, diff_ids[-1]), thread))
+        file = TarStream(checked(read_ahead(decompressed(blob), thread), diff_ids[-1]))
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar)
         mount_overlay(below[::-1], directory)
@@ -1051,7 +1051,7 @@ def verify(arguments):
             for blob, diff_id, layer in zip(image.manifest["layers"], image.config["rootfs"]["diff_ids"], image.layers):
                 check(is_whole(blob["digest"]), f"blob {blob['digest'][:19]}… is missing or damaged")
                 with damage_explained(), open(blob_path(blob["digest"]), "rb") as file:
-                    collections.deque(inflate(file, diff_id), maxlen=0)  # of which only the check at its end counts
+                    collections.deque(checked(decompressed(file), diff_id), maxlen=0)  # only its check counts
                 os.listdir(layer)
             print(f"ok       {image.name}:{image.version}")
         except (MockerError, FileNotFoundError) as error:
