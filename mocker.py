@@ -370,11 +370,7 @@ def root_cause(error):
 def find_login(host):
     """From docker's ~/.docker/config.json, or the helper that it names → an Authorization, or None."""
     what, folder = "~/.docker/config.json", os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
-    try:
-        with open(os.path.join(folder, "config.json"), "rb") as file:
-            raw = file.read()
-    except OSError:
-        return None
+    raw = read_kernel_file(os.path.join(folder, "config.json")) or "{}"
     config = parse_json(raw, {"auths?": dict, "credHelpers?": dict, "credsStore?": TEXT}, what)
     server = f"https://{host}/v1/" if host == "index.docker.io" else host
     helper = (config.get("credHelpers") or {}).get(server) or config.get("credsStore")
@@ -427,8 +423,9 @@ def check_shape(value, shape, what):
         check_shape(item, shape[0], f"an entry of {what}")
     return value
 
-def digest_of(data, algorithm="sha256"):
-    """Of bytes, or of an open file → sha256:…, the name that everything goes by."""
+def digest_of(data, like="sha256"):
+    """Of bytes, or of an open file → sha256:…, the name that everything goes by; or by the algorithm of another."""
+    algorithm = like.partition(":")[0]
     found = hashlib.new(algorithm)
     for piece in [data] if isinstance(data, bytes) else pieces(data):
         found.update(piece)
@@ -436,7 +433,7 @@ def digest_of(data, algorithm="sha256"):
 
 def check_digest(data, digest, what):
     """Is it what was asked for? Whoever served it: that is what a digest is for."""
-    found = digest_of(data, digest.partition(":")[0])
+    found = digest_of(data, digest)
     check(found == digest, f"{what} is damaged: its digest is {found[:19]}…, not {digest[:19]}…; pull again")
 
 def fetch_manifest(registry, version):
@@ -544,7 +541,6 @@ def fetch_blob(registry, blob, partial):
 #  All is made elsewhere and appears by rename(2): there is never half of anything.
 
 LAYER_LIMIT = int(os.environ.get("MOCKER_LAYER_LIMIT", 10 << 30))  # bytes that one layer may unpack to
-GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 def store(*parts):
     return os.path.join(HOME, *parts)
@@ -555,11 +551,17 @@ def blob_path(digest):
 def layer_path(chain_id):
     return store("layers", chain_id.partition(":")[2])
 
-def read_blob(digest):
-    """A small blob (manifest or config), checked again. None if it is not here; one that went bad goes."""
+def is_whole(digest):
+    """Is the blob here, and still what its digest says? One that went bad goes, for the next pull to fetch again."""
     with contextlib.suppress(FileNotFoundError), open(blob_path(digest), "rb") as file:
-        raw = file.read(MANIFEST_LIMIT + 1)
-        return raw if digest_of(raw, digest.partition(":")[0]) == digest else os.unlink(file.name)
+        return digest_of(file, digest) == digest or os.unlink(file.name)
+
+def read_blob(digest):
+    """A small one (manifest or config), checked again; None if it is not here."""
+    if is_whole(digest):
+        with open(blob_path(digest), "rb") as file:
+            return file.read(MANIFEST_LIMIT + 1)  # a hostile image may call a layer its config
+    return None
 
 def save_blob(raw, digest):
     write_file(blob_path(digest), raw)
@@ -660,14 +662,19 @@ def all_images():
 def pieces(file):
     return iter(lambda: file.read(1 << 18), b"")
 
-def decompressed(file):
-    """The tar in a blob, piece by piece. How it is packed, its first bytes tell, whatever its media type says."""
+def packing(file):
+    """How a layer's blob is packed, its first bytes tell, whatever its media type says."""
     magic = file.read(4)
     file.seek(0)
-    if magic == ZSTD:
+    return "+gzip" if magic.startswith(b"\x1f\x8b") else "+zstd" if magic == b"\x28\xb5\x2f\xfd" else ""
+
+def decompressed(file):
+    """The tar in a blob, piece by piece."""
+    kind = packing(file)
+    if kind == "+zstd":
         in_python = "compression" if sys.version_info >= (3, 14) else "backports"
         file = importlib.import_module(f"{in_python}.zstd").ZstdFile(file)
-    return gunzip(file) if magic.startswith(GZIP) else pieces(file)
+    return gunzip(file) if kind == "+gzip" else pieces(file)
 
 def gunzip(file):
     """Not by the gzip module, which asks zlib for so little at once that our two threads hinder each other."""
@@ -686,11 +693,11 @@ def read_ahead(pieces, thread):
         ready.append(thread.submit(next, pieces, None))
         yield piece
 
-def inflate(file, diff_id, thread):
-    """The tar in a blob, piece by piece; bounded, and at its end checked against the diff_id."""
+def checked(pieces, diff_id):
+    """The same pieces, of a layer's tar; bounded, and at their end checked against the diff_id."""
     algorithm, _, wanted = diff_id.partition(":")
     found, total = hashlib.new(algorithm), 0
-    for piece in read_ahead(decompressed(file), thread):
+    for piece in pieces:
         found.update(piece)
         total += len(piece)
         check(total <= LAYER_LIMIT, f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, "
@@ -869,15 +876,13 @@ def unpack_layer(digest, diff_ids, directory):
     *below, layer = map(layer_path, chain_ids(diff_ids))
     # (The thread ends outside: an older C library loads something to end one, and must not take it from the image.)
     with damage_explained(), open(blob_path(digest), "rb") as blob, futures.ThreadPoolExecutor(1) as thread:
-        file = TarStream(inflate(blob, diff_ids[-1], thread))
+        file = TarStream(checked(read_ahead(decompressed(blob), thread), diff_ids[-1]))
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar)
         mount_overlay(below[::-1], directory)
-        try:
-            with confined(f"{directory}/rootfs"):
-                unpacker.unpack()
-        finally:
-            unmount(f"{directory}/rootfs")
+        with confined(f"{directory}/rootfs"):
+            unpacker.unpack()
+        unmount(f"{directory}/rootfs")  # (after a fault, it goes with this process)
     with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
         os.rename(f"{directory}/upper", layer)
     check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
@@ -968,34 +973,30 @@ def pull_image(reference, platform=None):
         found = find_manifest(registry, platform or PLATFORMS[os.uname().machine])
         config = fetch_config(registry, found["manifest"], partial)
         fetch_layers(registry, found["manifest"]["layers"], config["rootfs"]["diff_ids"], partial)
-    with locked(HOME), contextlib.ExitStack() as undo:
-        if not os.path.exists(store(reference.file)):
-            undo.callback(os.unlink, store(reference.file))  # half of an entry is none, should the disk be full
-        write_file(store(reference.file), {"name": reference.name, "version": reference.version, **found})
-        write_index()
-        undo.pop_all()
+    stored = {"name": reference.name, "version": reference.version, **found}
+    with locked(HOME):
+        write_index({**{image.file: image.stored for image in all_images()}, reference.file: stored})
+        write_file(store(reference.file), stored)
     return Image(reference.file)
 
-def write_index():
-    """index.json (OCI image-spec, image-layout.md), made anew from the stored images."""
+def write_index(images):
+    """index.json (OCI image-spec, image-layout.md), made anew for the stored images."""
     write_file(store("oci-layout"), {"imageLayoutVersion": "1.0.0"})
     manifests = []
-    for image in all_images():
-        name = f"{image.name}{'@' if ':' in image.version else ':'}{image.version}"
+    for image in images.values():
+        name = f"{image['name']}{'@' if ':' in image['version'] else ':'}{image['version']}"
         manifests.append({**oci_manifest(image), "annotations": {"org.opencontainers.image.ref.name": name}})
     write_file(store("index.json"), {"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": manifests})
 
 def oci_manifest(image):
-    """A descriptor of the image's manifest in OCI's own types, since some readers know no others."""
-    if image.stored["mediaType"] == MANIFEST_TYPES[0]:
-        return {key: image.stored[key] for key in ("mediaType", "digest", "size")}
-    config, *layers = [dict(blob) for blob in image.blobs]
+    """A descriptor of a stored image's manifest in OCI's own types, since some readers know no others."""
+    if image["mediaType"] == MANIFEST_TYPES[0]:
+        return {key: image[key] for key in ("mediaType", "digest", "size")}
+    config, *layers = [dict(blob) for blob in (image["manifest"]["config"], *image["manifest"]["layers"])]
     config["mediaType"] = "application/vnd.oci.image.config.v1+json"
     for layer in layers:
         with open(blob_path(layer["digest"]), "rb") as file:
-            magic = file.read(4)
-        packed = "+gzip" if magic.startswith(GZIP) else "+zstd" if magic == ZSTD else ""
-        layer["mediaType"] = f"application/vnd.oci.image.layer.v1.tar{packed}"
+            layer["mediaType"] = f"application/vnd.oci.image.layer.v1.tar{packing(file)}"
     raw = json.dumps({"schemaVersion": 2, "mediaType": MANIFEST_TYPES[0], "config": config, "layers": layers}).encode()
     return {"mediaType": MANIFEST_TYPES[0], "digest": save_blob(raw, digest_of(raw)), "size": len(raw)}
 
@@ -1040,25 +1041,17 @@ def verify(arguments):
     status = 0
     for image in all_images():
         try:
-            check(read_blob(image.stored["digest"]), "its manifest is missing")
+            check(is_whole(image.stored["digest"]), "its manifest is missing or damaged")
             for blob, diff_id, layer in zip(image.manifest["layers"], image.config["rootfs"]["diff_ids"], image.layers):
-                verify_layer(blob["digest"], diff_id)
+                check(is_whole(blob["digest"]), f"blob {blob['digest'][:19]}… is missing or damaged")
+                with damage_explained(), open(blob_path(blob["digest"]), "rb") as file:
+                    collections.deque(checked(decompressed(file), diff_id), maxlen=0)  # only its check counts
                 os.listdir(layer)
             print(f"ok       {image.name}:{image.version}")
         except (MockerError, FileNotFoundError) as error:
             print(f"DAMAGED  {image.name}:{image.version}: {error}: remove it, and mocker pull {image.name}")
             status = 1
     return status
-
-def verify_layer(digest, diff_id):
-    with damage_explained(), open(blob_path(digest), "rb") as file, futures.ThreadPoolExecutor(1) as thread:
-        try:
-            check_digest(file, digest, f"blob {digest[:19]}…")
-        except MockerError:
-            os.unlink(file.name)  # so that the next pull fetches it again
-            raise
-        file.seek(0)
-        collections.deque(inflate(file, diff_id, thread), maxlen=0)  # of which only the check at its end counts
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
 

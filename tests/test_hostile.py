@@ -620,6 +620,16 @@ def test_a_layer_of_another_image_can_not_be_claimed(quick, home, fake):
     assert (directory / "f").read_bytes() == b"of another image"
 
 
+def test_a_large_layer_of_another_image_can_not_be_the_config(quick, pull, home, fake):
+    """It is refused, and the other image keeps its layer."""
+    fake.put("library/one", fake.layout.image([fake.layout.layer(layer([file("f", os.urandom(5 << 20))]), "plain")]))
+    assert quick("pull", "one", env={"MOCKER_HUB": fake.url}).returncode == 0
+    [large] = json.loads((home / "library_one.json").read_text())["manifest"]["layers"]
+    put_document(fake, "manifest", {**with_layers(fake.layout), "config": {**large, "size": 100}})
+    assert pull().returncode == 125
+    assert quick("verify").returncode == 0
+
+
 def test_a_wrong_size_of_what_is_there_already(pull, quick, home, fake):
     """Else the store would have a manifest that other programs refuse."""
     fake.put("library/one", good(fake.layout))
