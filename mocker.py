@@ -591,7 +591,7 @@ def need_disk():
     except PermissionError:
         say(f"{HOME} lies on an overlay, which can't hold layers: it gets a tmpfs, and is lost with the machine; "
             f"in docker, -v mocker:{HOME} keeps it")
-        mount("tmpfs", HOME, "tmpfs", MS_NODEV, "mode=755")
+        mount("tmpfs", HOME, "tmpfs", "nodev,mode=755")
     for part in "layers", "containers", "partial":
         os.makedirs(store(part), mode=0o700, exist_ok=True)
 
@@ -1068,25 +1068,27 @@ def verify_layer(digest, diff_id):
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
 
-CLONE_NEWNS = 0x00020000  # mount namespace: a mount table of its own
-CLONE_NEWCGROUP = 0x02000000  # cgroup: its cgroup looks like the root of the tree
-CLONE_NEWUTS = 0x04000000  # uts: a host name of its own
-CLONE_NEWIPC = 0x08000000  # ipc: System V IPC and POSIX message queues of its own
-CLONE_NEWPID = 0x20000000  # pid: process numbers of its own, from 1
-CLONE_NEWNET = 0x40000000  # net: interfaces, addresses, routes and firewall of its own
-
-MS_RDONLY = 0x1
-MS_NOSUID = 0x2  # setuid bits and file capabilities count for nothing
-MS_NODEV = 0x4  # device nodes can't be opened
-MS_NOEXEC = 0x8
-MS_REMOUNT = 0x20  # change the flags of what is mounted
-MS_BIND = 0x1000  # the same file or directory at a second place
-MS_REC = 0x4000  # and all that is mounted below it
-MS_PRIVATE = 0x40000  # mounts made here stay here
-MS_STRICTATIME = 0x1000000
-MOUNT_OPTIONS = {MS_RDONLY: "ro", MS_NOSUID: "nosuid", MS_NODEV: "nodev", MS_NOEXEC: "noexec", MS_REMOUNT: "remount",
-                 MS_BIND: "bind", MS_STRICTATIME: "strictatime"}
-
+# unshare(1)'s names for what unshare(2) can give a process of its own (man 7 namespaces)
+NAMESPACE_FLAGS = {
+    "mount": 0x00020000,  # a mount table
+    "cgroup": 0x02000000,  # a view of the cgroups, where its own looks like the root of the tree
+    "uts": 0x04000000,  # a host name
+    "ipc": 0x08000000,  # System V IPC and POSIX message queues
+    "pid": 0x20000000,  # process numbers, from 1; not for itself, but for its children
+    "net": 0x40000000,  # interfaces, addresses, routes and firewall
+}
+# mount(8)'s names for the flags of mount(2)
+MOUNT_FLAGS = {
+    "ro": 0x1,
+    "nosuid": 0x2,  # setuid bits and file capabilities count for nothing
+    "nodev": 0x4,  # device nodes can't be opened
+    "noexec": 0x8,
+    "remount": 0x20,  # change the flags of what is mounted
+    "bind": 0x1000,  # the same file or directory at a second place
+    "rbind": 0x5000,  # and all that is mounted below it
+    "rprivate": 0x44000,  # mounts made below stay here
+    "strictatime": 0x1000000,
+}
 MNT_DETACH = 2  # umount2(2): out of the tree now, gone when nobody uses it any more
 AT_FDCWD = -100
 OPEN_TREE_CLONE = 0x1  # open_tree(2): a copy of a mount, attached nowhere yet
@@ -1114,12 +1116,15 @@ def call(name, *arguments, what=None):
 def c_library():
     return ctypes.CDLL(None, use_errno=True)
 
-def mount(source, target, kind="", flags=0, data=""):
-    """mount(2)"""
-    options = ",".join([name for flag, name in MOUNT_OPTIONS.items() if flags & flag] + [data] * bool(data))
-    options = options.replace("bind", "rbind") if flags & MS_REC else options
+def mount(source, target, kind="", options=""):
+    """mount(2), as mount(8) does it: what is no flag among the options is for the file system itself."""
+    words = options.split(",") if options else []
+    flags = sum(MOUNT_FLAGS.get(word, 0) for word in words)
+    data = ",".join(word for word in words if word not in MOUNT_FLAGS)
     command = shlex.join(["mount"] + ["-t", kind] * bool(kind) + ["-o", options] * bool(options) + [source, target])
     call("mount", source, target, kind, flags, data, what=command)
+    if len(words) > 1 and words[0] in ("bind", "rbind"):  # it takes its other flags only once it is there
+        call("mount", "none", target, "", flags | MOUNT_FLAGS["remount"], "", what=command)
     tell(command)
 
 def unmount(target):
@@ -1128,28 +1133,29 @@ def unmount(target):
     command = f"umount -l {shlex.quote(target)}"
     tell(command, by_hand=f"{command} || exit")  # before a volume is taken for a part of the container
 
-def unshare(flags, names):
-    """unshare(2): leave a namespace for a new one."""
-    call("unshare", flags, what=f"unshare {', '.join(names)}")
-    tell("unshare " + " ".join(f"--{name}" for name in names), wraps=True)
+def unshare(*kinds):
+    """unshare(2): leave namespaces for new ones."""
+    command = " ".join(["unshare", *(f"--{kind}" for kind in kinds)])
+    call("unshare", sum(NAMESPACE_FLAGS[kind] for kind in kinds), what=command)
+    tell(f"{command} --fork" if "pid" in kinds else command, wraps=True)
 
 def unshare_mounts():
-    unshare(CLONE_NEWNS, ["mount"])
+    unshare("mount")
     make_mounts_private()
 
 def make_mounts_private():
     """Else ours would show up outside, too, where systemd shares / (man 7 mount_namespaces)."""
-    call("mount", "none", "/", "", MS_REC | MS_PRIVATE, "", what="mount --make-rprivate /")
+    call("mount", "none", "/", "", MOUNT_FLAGS["rprivate"], "", what="mount --make-rprivate /")
     tell("mount --make-rprivate /")
 
 @contextlib.contextmanager
-def coming_back(kind, flag):
+def coming_back(kind):
     """Leave a namespace for a while; setns(2) takes an open file that stands for one."""
     handle = os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield
     finally:
-        call("setns", handle, flag)
+        call("setns", handle, 0)
         os.close(handle)
 
 def seal_interpreter(argv):
@@ -1311,7 +1317,8 @@ DEVICES = ["null", "zero", "full", "random", "urandom", "tty"]
 LINKS = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}  # to /proc/self/fd
 # A layer is not to depend on this kernel's defaults; volatile: nothing waits for the disk at the end.
 LINUX = [int(number) for number in os.uname().release.partition("-")[0].split(".")[:2]]
-FEATURES = "index=off,metacopy=off,redirect_dir=off" + ",volatile" * (LINUX >= [5, 10])
+FEATURES = "nodev,index=off,metacopy=off,redirect_dir=off" + ",volatile" * (LINUX >= [5, 10])
+HARMLESS = "nosuid,nodev,noexec"
 ETC_FILES = ("hosts", "hostname", "resolv.conf")
 # What /proc and /sys tell or do about the whole machine (as runc has it)
 MASKED = ("proc/asound", "proc/acpi", "proc/kcore", "proc/keys", "proc/latency_stats", "proc/timer_list",
@@ -1327,10 +1334,9 @@ def leave_namespaces(container):
     Only user is missing, as in Docker: root in here is root out there, held by what follows.
     See man 7 namespaces. Look: lsns; ls -l /proc/PID/ns
     """
-    kinds = {"mount": CLONE_NEWNS, "uts": CLONE_NEWUTS, "ipc": CLONE_NEWIPC, "cgroup": CLONE_NEWCGROUP}
-    kinds = {name: flag for name, flag in kinds.items() if name in container.parts}
+    kinds = [kind for kind in ("mount", "uts", "ipc", "cgroup") if kind in container.parts]
     if kinds:
-        unshare(sum(kinds.values()), kinds)
+        unshare(*kinds)
     if "mount" in kinds:
         make_mounts_private()
     if "uts" in kinds:
@@ -1353,8 +1359,7 @@ def mount_root(container):
         say("without overlay, all of the image is copied first")
         run_tool(["cp", "-a", "../rootfs", "../copy"])
         unmount("../rootfs")
-        mount("../copy", "../rootfs", "", MS_BIND)
-        mount("none", "../rootfs", "", MS_REMOUNT | MS_BIND | MS_NODEV)
+        mount("../copy", "../rootfs", "", "bind,nodev")
     tell("cd ../rootfs")
     os.chdir("../rootfs")
     prove("tail -1 /proc/self/mounts", read_kernel_file("/proc/self/mounts").splitlines()[-1])
@@ -1366,13 +1371,12 @@ def mount_overlay(layers, directory):
     tell(f"cd {shlex.quote(directory)}/lower")
     os.chdir(f"{directory}/lower")
     if not layers:  # there is nothing to lay it over
-        mount("../upper", "../rootfs", "", MS_BIND)
-        return mount("none", "../rootfs", "", MS_REMOUNT | MS_BIND | MS_NODEV)
+        return mount("../upper", "../rootfs", "", "bind,nodev")
     for number, layer in enumerate(layers):
         make_link(layer, str(number))  # short names: overlayfs' options must fit in one page
     copy_metadata("0", "../upper")  # the root directory itself is seen as the upper's
-    options = f"{FEATURES},lowerdir={':'.join(map(str, range(len(layers))))},upperdir=../upper,workdir=../work"
-    return mount("overlay", "../rootfs", "overlay", MS_NODEV, options)
+    lower = ":".join(map(str, range(len(layers))))
+    return mount("overlay", "../rootfs", "overlay", f"{FEATURES},lowerdir={lower},upperdir=../upper,workdir=../work")
 
 @step()
 def take_along(container):
@@ -1428,20 +1432,20 @@ def mount_kernel_filesystems(container):
     these nodes: each is bound onto itself before /dev becomes nodev, so no other can be opened.
     See man 5 proc, man 5 sysfs, OCI runtime-spec config-linux.md. Look: mount, in the container
     """
-    plain, writable = MS_NOSUID | MS_NODEV | MS_NOEXEC, 0 if container.privileged else MS_RDONLY
-    mount_at("tmpfs", "dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k")
+    shown = HARMLESS + ",ro" * (not container.privileged)
+    mount_at("tmpfs", "dev", "tmpfs", "nosuid,strictatime,mode=755,size=65536k")
     for name, like in container.devices.items():
         make_device(f"dev/{name}", like)
-        mount(f"dev/{name}", f"dev/{name}", "", MS_BIND)
-    mount("none", "dev", "", MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | MS_STRICTATIME)
-    mount_at("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
-    mount_at("shm", "dev/shm", "tmpfs", plain, "mode=1777,size=65536k")
-    mount_at("mqueue", "dev/mqueue", "mqueue", plain)
-    mount_at("sysfs", "sys", "sysfs", plain | writable)
+        mount(f"dev/{name}", f"dev/{name}", "", "bind")
+    mount("none", "dev", "", "remount,bind,nosuid,nodev,strictatime")
+    mount_at("devpts", "dev/pts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620,gid=5")
+    mount_at("shm", "dev/shm", "tmpfs", f"{HARMLESS},mode=1777,size=65536k")
+    mount_at("mqueue", "dev/mqueue", "mqueue", HARMLESS)
+    mount_at("sysfs", "sys", "sysfs", shown)
     make_link("pts/ptmx", "dev/ptmx")
     for name, number in LINKS.items():
         make_link(f"/proc/self/fd{number}", f"dev/{name}")
-    mount_cgroups(container, plain, writable)
+    mount_cgroups(container, shown)
 
 def make_device(path, like):
     """A node as another one is: its type, its numbers, its mode."""
@@ -1450,11 +1454,11 @@ def make_device(path, like):
     os.chmod(path, mode)  # whatever the umask
     tell(f"mknod -m {mode:o} {path} {kind} {os.major(like.st_rdev)} {os.minor(like.st_rdev)}")
 
-def mount_at(source, target, kind, flags, options=""):
+def mount_at(source, target, kind, options):
     """At a directory that is made if it is missing; a symlink is refused, as by runc."""
     check(not os.path.islink(target), f"the image's /{target} is a symlink: nothing can be mounted there")
     make_directory(target)
-    mount(source, target, kind, flags, options)
+    mount(source, target, kind, options)
 
 @step()
 def unpack_parcels(container, parcels):
@@ -1473,9 +1477,9 @@ def unpack_parcels(container, parcels):
         call("move_mount", handle, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH, what=target)
         tell(shlex.join(["mount", "--rbind", source, target]))
         os.close(handle)
-        mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY * read_only)
+        mount("none", target, "", "remount,bind,nodev" + ",ro" * read_only)
     # Last: while parcels are open, /proc/self/fd would lead a symlink of the image to them.
-    mount_at("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    mount_at("proc", "proc", "proc", HARMLESS)
 
 @step("mask")
 def mask_paths(container):
@@ -1488,10 +1492,9 @@ def mask_paths(container):
     if container.privileged:
         return
     for path in filter(os.path.exists, READ_ONLY):
-        mount(path, path, "", MS_BIND | MS_REC)
-        mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        mount(path, path, "", f"rbind,ro,{HARMLESS}")
     for path in filter(os.path.exists, MASKED):
-        mount(*("tmpfs", path, "tmpfs", MS_RDONLY) if os.path.isdir(path) else ("dev/null", path, "", MS_BIND))
+        mount(*("tmpfs", path, "tmpfs", "ro") if os.path.isdir(path) else ("dev/null", path, "", "bind"))
 
 def copy_metadata(source, target):
     """Owner, mode, times and xattrs, but for overlayfs' own."""
@@ -1600,9 +1603,9 @@ def create_netns(name):
     """A new one; it stays for as long as it is mounted on a file, which is its name."""
     os.makedirs(NETNS, exist_ok=True)
     os.close(os.open(f"{NETNS}/{name}", os.O_CREAT | os.O_EXCL, 0o444))
-    with coming_back("net", CLONE_NEWNET):
-        call("unshare", CLONE_NEWNET, what="unshare net")
-        call("mount", "/proc/thread-self/ns/net", f"{NETNS}/{name}", "", MS_BIND, "", what=f"ip netns add {name}")
+    with coming_back("net"):
+        call("unshare", NAMESPACE_FLAGS["net"])
+        call("mount", "/proc/thread-self/ns/net", f"{NETNS}/{name}", "", MOUNT_FLAGS["bind"], "")
     tell(f"ip netns add {name}")
 
 @step("net")
@@ -1614,11 +1617,11 @@ def join_network(container):
     See man 2 setns. Look: ip netns identify PID
     """
     if container.network == "none":
-        unshare(CLONE_NEWNET, ["net"])
+        unshare("net")
         set_up_loopback()
     elif container.network == "bridge":
         with open(f"{NETNS}/mocker_{container.id}") as handle:
-            call("setns", handle.fileno(), CLONE_NEWNET)
+            call("setns", handle.fileno(), NAMESPACE_FLAGS["net"])
         tell(f"nsenter --net={NETNS}/mocker_{container.id}", wraps=True)
         set_up_loopback()
         add_address("veth1", container.address)
@@ -1886,20 +1889,20 @@ def join_cgroup(container):
         write_kernel_file(f"{directory}/{'tasks' if container.cgroup_version == 1 else 'cgroup.procs'}", 0)
     prove("cat /proc/self/cgroup", read_kernel_file("/proc/self/cgroup"))
 
-def mount_cgroups(container, plain, writable):
+def mount_cgroups(container, shown):
     """/sys/fs/cgroup; by the cgroup namespace its root is the container's own group."""
     target = CGROUP.lstrip("/")
     if not container.cgroups or not os.path.isdir(target):
         return
     if container.cgroup_version == 2:
-        mount("cgroup", target, "cgroup2", plain | writable)
+        mount("cgroup", target, "cgroup2", shown)
         return
-    mount("tmpfs", target, "tmpfs", plain, "mode=755")
+    mount("tmpfs", target, "tmpfs", f"{HARMLESS},mode=755")
     for name in (directory.split("/")[4] for directory in container.cgroups):
-        mount_at("cgroup", f"{target}/{name}", "cgroup", plain | writable, f"{'name=' * (name == 'systemd')}{name}")
+        mount_at("cgroup", f"{target}/{name}", "cgroup", f"{shown},{'name=' * (name == 'systemd')}{name}")
         for controller in name.split(",") if "," in name else ():  # where programs look for it
             make_link(name, f"{target}/{controller}")
-    mount("none", target, "", MS_REMOUNT | plain | writable)
+    mount("none", target, "", f"remount,{shown}")
 
 def delete_cgroup(directory):
     """End what is still in it, and remove it. The kernel may need a moment to let the dead go."""
@@ -2408,9 +2411,9 @@ def start(container):
     """
     container.wire, inner = socket.socketpair()
     signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # the child must not run our handlers
-    with coming_back("pid_for_children", CLONE_NEWPID), inner:
+    with coming_back("pid_for_children"), inner:
         if "pid" in container.parts:
-            unshare(CLONE_NEWPID, ["pid", "fork"])
+            unshare("pid")
         else:
             tell("fork", wraps=True, by_hand="env")
         mocker, container.pid = os.getpid(), os.fork()
@@ -2453,7 +2456,7 @@ def open_streams(container):
         outer, slave = os.openpty()
         fcntl.ioctl(slave, 0x540E, 0)  # TIOCSCTTY: the controlling terminal, whose Ctrl-C is a signal
         os.close(os.open("/dev/console", os.O_CREAT | os.O_WRONLY, 0o600))
-        mount(os.ttyname(slave), "/dev/console", "", MS_BIND)
+        mount(os.ttyname(slave), "/dev/console", "", "bind")
         inner, outer = [slave, slave, slave], [outer]
     else:
         (stdout, out), (stderr, err), (keys, stdin) = os.pipe(), os.pipe(), os.pipe()
@@ -2470,7 +2473,7 @@ def enter_working_directory(container):
     """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else."""
     make_directory("." + os.path.realpath(container.working_directory))
     if container.read_only:
-        mount("none", ".", "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY)
+        mount("none", ".", "", "remount,bind,nodev,ro")
     os.chdir(container.working_directory)
 
 def program_by_hand(container):
@@ -2785,7 +2788,7 @@ def look_at_packages():
     return ", ".join(names)
 
 def try_namespaces():
-    unshare(CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP, ["all"])
+    unshare(*NAMESPACE_FLAGS)
     return "mount, uts, ipc, pid, net, cgroup"
 
 def try_overlay():
@@ -2798,7 +2801,7 @@ def try_overlay():
 
 def try_firewall():
     """In a network of its own: that nft can list its tables does not say that this kernel has NAT."""
-    unshare(CLONE_NEWNET, ["net"])
+    unshare("net")
     rules = [("type nat hook postrouting priority 100; masquerade", "nat POSTROUTING -j MASQUERADE")]
     if tool := add_rules("mocker", rules):
         return tool
