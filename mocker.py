@@ -907,7 +907,7 @@ def be_worker(parent):
     die_with(parent)
     for stop in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(stop, signal.SIG_DFL)
-    unshare_mounts()
+    unshare("mount")
 
 def is_stored(blob):
     path = blob_path(blob["digest"])
@@ -1107,14 +1107,10 @@ def call(name, *arguments, what=None):
     # Numbers as long: flags use all their 32 bits.
     numbered = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     encoded = [os.fsencode(value) if isinstance(value, str) else value for value in numbered]
-    result = getattr(c_library(), name)(*encoded)
+    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*encoded)
     if result == -1:
         raise MockerError(f"{what or name}: {os.strerror(ctypes.get_errno())}", number=ctypes.get_errno())
     return result
-
-@functools.lru_cache
-def c_library():
-    return ctypes.CDLL(None, use_errno=True)
 
 def mount(source, target, kind="", options=""):
     """mount(2), as mount(8) does it: what is no flag among the options is for the file system itself."""
@@ -1134,19 +1130,13 @@ def unmount(target):
     tell(command, by_hand=f"{command} || exit")  # before a volume is taken for a part of the container
 
 def unshare(*kinds):
-    """unshare(2): leave namespaces for new ones."""
+    """unshare(2): leave namespaces for new ones. Mounts become private, as by unshare(1): else ours would show up
+    outside, too, where systemd shares / (man 7 mount_namespaces)."""
     command = " ".join(["unshare", *(f"--{kind}" for kind in kinds)])
     call("unshare", sum(NAMESPACE_FLAGS[kind] for kind in kinds), what=command)
+    if "mount" in kinds:
+        call("mount", "none", "/", "", MOUNT_FLAGS["rprivate"], "", what="mount --make-rprivate /")
     tell(f"{command} --fork" if "pid" in kinds else command, wraps=True)
-
-def unshare_mounts():
-    unshare("mount")
-    make_mounts_private()
-
-def make_mounts_private():
-    """Else ours would show up outside, too, where systemd shares / (man 7 mount_namespaces)."""
-    call("mount", "none", "/", "", MOUNT_FLAGS["rprivate"], "", what="mount --make-rprivate /")
-    tell("mount --make-rprivate /")
 
 @contextlib.contextmanager
 def coming_back(kind):
@@ -1184,6 +1174,11 @@ def make_directory(path):
     if not os.path.isdir(path):
         os.makedirs(os.path.abspath(path))
         tell(f"mkdir -p {shlex.quote(path)}")
+
+def remove_directory(path):
+    """If it is empty, as rmdir(1)."""
+    os.rmdir(path)
+    tell(f"rmdir {shlex.quote(path)}")
 
 def make_link(target, path):
     os.symlink(target, path)
@@ -1243,13 +1238,16 @@ class Journal:
             file.write(json.dumps([function.__name__, *arguments]) + "\n")
 
     def undo(self):
-        """In reverse. If one fails the others are done all the same, and the journal stays."""
-        with contextlib.ExitStack() as undo:
-            for line in read_kernel_file(self.path).splitlines():
-                with contextlib.suppress(ValueError, KeyError):  # it was being written when we were killed
-                    name, *arguments = json.loads(line)
-                    undo.callback(globals()[name], *arguments)
-        os.unlink(self.path)
+        """In reverse. If one fails the others are done all the same, and the journal stays for the next mocker."""
+        try:
+            with contextlib.ExitStack() as undo:
+                for line in read_kernel_file(self.path).splitlines():
+                    with contextlib.suppress(ValueError, KeyError):  # it was being written when we were killed
+                        name, *arguments = json.loads(line)
+                        undo.callback(globals()[name], *arguments)
+            os.unlink(self.path)
+        except Exception as error:  # whatever it is, what was to be done now goes on
+            say(f"not all could be undone: {error}")
 
 HOST = Journal("host")
 
@@ -1268,44 +1266,28 @@ def held_journal(id):
     finally:
         for number in forwarded():
             signal.signal(number, signal.SIG_IGN)
-        undo_or_say(Journal(id).undo)
-        with locked(JOURNALS):
-            undo_or_say(leave_host)
-
-def undo_or_say(undo):
-    try:
-        undo()
-    except Exception as error:  # the next mocker tries again, and what was to be done now goes on
-        say(f"not all could be undone: {error}")
-
-def leave_host():
-    """The last container to go puts the host back as it was. The caller holds the lock."""
-    if not container_ids() and os.path.exists(HOST.path):
-        HOST.undo()
+        Journal(id).undo()
+        sweep()
 
 def sweep():
-    """What a killed mocker left is cleared away by the next command."""
+    """Clear away what killed mockers left, and with the last container what all shared: the host is as it was.
+
+    At the beginning of each command, and at the end of each container.
+    """
     if os.geteuid() == 0 and os.path.isdir(JOURNALS) and os.listdir(JOURNALS):
         with locked(JOURNALS):
             for id in container_ids():
                 with contextlib.suppress(BlockingIOError, FileNotFoundError), open(f"{JOURNALS}/{id}") as file:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     say(f"clearing away container {id}, whose mocker was killed")
-                    undo_or_say(Journal(id).undo)
-            undo_or_say(leave_host)
+                    Journal(id).undo()
+            if not container_ids() and os.path.exists(HOST.path):
+                HOST.undo()
 
-def restore_file(path, value):
-    with contextlib.suppress(MockerError):  # it may be gone
-        write_kernel_file(path, value)
-
-def detach(path):
-    with contextlib.suppress(MockerError):  # it may not be mounted (any more)
-        unmount(path)
-
-def remove_empty(directory):
-    with contextlib.suppress(OSError):  # somebody else may use it now
-        os.rmdir(directory)
-        tell(f"rmdir {shlex.quote(directory)}")
+def attempt(name, *arguments):
+    """Undo by a primitive what may be gone by now, or in use by somebody else."""
+    with contextlib.suppress(OSError, MockerError):
+        globals()[name](*arguments)
 
 # ═══ Its root: overlay, /proc, /sys, /dev, pivot_root ════════════════════════════════════════════
 #
@@ -1337,8 +1319,6 @@ def leave_namespaces(container):
     kinds = [kind for kind in ("mount", "uts", "ipc", "cgroup") if kind in container.parts]
     if kinds:
         unshare(*kinds)
-    if "mount" in kinds:
-        make_mounts_private()
     if "uts" in kinds:
         call("sethostname", container.hostname, len(os.fsencode(container.hostname)))
         tell(f"printf %s {shlex.quote(container.hostname)} > /proc/sys/kernel/hostname")
@@ -1537,10 +1517,10 @@ NET_SYSCTLS = {"ipv4/ping_group_range": "0 2147483647", "ipv4/ip_unprivileged_po
                "ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1"}
 # What the kernel can be asked for (man 7 rtnetlink): number, flags, pyroute2's name for its form. 0x5: a request,
 # to be acknowledged; 0x600: create it, and it must not be there yet.
-NEW_LINK, DELETE_LINK = (16, 0x605, "ifinfmsg"), (17, 0x5, "ifinfmsg")
+NEW_LINK, SET_LINK, DELETE_LINK = (16, 0x605, "ifinfmsg"), (16, 0x5, "ifinfmsg"), (17, 0x5, "ifinfmsg")
 NEW_ADDRESS, NEW_ROUTE = (20, 0x605, "ifaddrmsg"), (24, 0x605, "rtmsg")
 IFF_UP = 1
-UP = {"flags": IFF_UP, "change": IFF_UP}  # of a link that is made
+UP = {"flags": IFF_UP, "change": IFF_UP}
 
 def ask_kernel(command, request, fields, **attributes):
     """One request about links, addresses or routes of the network namespace that we are in, and its answer."""
@@ -1625,25 +1605,20 @@ def join_network(container):
         tell(f"nsenter --net={NETNS}/mocker_{container.id}", wraps=True)
         set_up_loopback()
         add_address("veth1", container.address)
-        set_up("veth1")
+        ask_kernel("ip link set veth1 up", SET_LINK, UP, IFLA_IFNAME="veth1")
         fields = {"family": socket.AF_INET, "table": 254, "proto": 3, "type": 1}  # ip-route(8)'s own choice
         ask_kernel(f"ip route add default via {container.gateway}", NEW_ROUTE, fields, RTA_GATEWAY=container.gateway)
     prove("cat /proc/net/route", read_kernel_file("/proc/net/route"))
 
 def set_up_loopback():
-    """With docker's settings."""
-    set_up("lo")
+    """With docker's settings. By an old ioctl(2), which takes no library (man 7 netdevice)."""
+    SIOCSIFFLAGS = 0x8914
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", IFF_UP))
+    tell("ip link set lo up")
     for name, value in NET_SYSCTLS.items():
         if os.path.exists(f"/proc/sys/net/{name}"):
             write_kernel_file(f"/proc/sys/net/{name}", value)
-
-def set_up(name):
-    """By an old ioctl(2), which takes no library (man 7 netdevice): read the flags, add one, write them."""
-    SIOCGIFFLAGS, SIOCSIFFLAGS, form = 0x8913, 0x8914, "16sH22x"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
-        answer = fcntl.ioctl(handle, SIOCGIFFLAGS, struct.pack(form, name.encode(), 0))
-        fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack(form, name.encode(), struct.unpack(form, answer)[1] | IFF_UP))
-    tell(f"ip link set {name} up")
 
 def read_interfaces(process="thread-self"):
     return [line.split(":")[0].strip() for line in read_kernel_file(f"/proc/{process}/net/dev").splitlines()[2:]]
@@ -1673,7 +1648,7 @@ def create_bridge():
     subnet, forward = free_subnet(routes), "/proc/sys/net/ipv4/ip_forward"
     if subnet != SUBNETS[0]:
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
-    HOST.note(restore_file, forward, read_kernel_file(forward))
+    HOST.note(attempt, "write_kernel_file", forward, read_kernel_file(forward))
     HOST.note(delete_bridge)
     ask_kernel(f"ip link add {BRIDGE} up group {GROUP} address {MAC} type bridge", NEW_LINK, UP, IFLA_IFNAME=BRIDGE,
                IFLA_GROUP=GROUP, IFLA_ADDRESS=MAC, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
@@ -1706,15 +1681,12 @@ IPTABLES = "iptables", "iptables-legacy"  # mostly the first one is for nftables
 
 def add_rules(owner, rules, note=lambda *undo: None):
     """Add (rule for nft, the same for iptables) under an owner's name. → the tool that could, or None"""
+    # type nat hook output priority -100; … → chain output { type nat hook output priority -100; …; }
+    chains = "".join(f"chain {rule.split()[3]} {{ {rule}; }}; " for rule, _ in rules)
     note(run_tool, ["nft", "delete", "table", "ip", owner])
-    if add_nft(owner, rules):
+    if run_tool(["nft", f"table ip {owner} {{ {chains}}}"]) is not None:
         return "nft"
     return next((tool for tool in IPTABLES if add_iptables(tool, owner, rules, note)), None)
-
-def add_nft(owner, rules):
-    """type nat hook output priority -100; … → chain output { type nat hook output priority -100; …; }"""
-    chains = "".join(f"chain {rule.split()[3]} {{ {rule}; }}; " for rule, _ in rules)
-    return run_tool(["nft", f"table ip {owner} {{ {chains}}}"]) is not None
 
 def add_iptables(tool, owner, rules, note):
     """nat OUTPUT … → iptables -t nat -I OUTPUT …, with the owner's name in a comment. Each notes its own deletion."""
@@ -1832,9 +1804,9 @@ def create_cgroup(container, undo):
 
 def groups_v2(id):
     """One directory; those above it must pass the controllers on."""
-    make_shared_directory(f"{CGROUP}/mocker")
-    pass_on(CGROUP)
-    pass_on(f"{CGROUP}/mocker")
+    for directory in CGROUP, f"{CGROUP}/mocker":
+        make_shared_directory(directory)
+        pass_on(directory)
     return [f"{CGROUP}/mocker/{id}"]
 
 def pass_on(directory):
@@ -1849,7 +1821,7 @@ def pass_on(directory):
         HOST.note(run_tool, moving(aside, directory))
         run_tool(moving(directory, aside))
     if missing:
-        HOST.note(restore_file, passed, " ".join(f"-{name}" for name in missing))
+        HOST.note(attempt, "write_kernel_file", passed, " ".join(f"-{name}" for name in missing))
         write_kernel_file(passed, " ".join(f"+{name}" for name in missing))
 
 def moving(source, target):
@@ -1873,7 +1845,7 @@ def limit_memory_v1(container):
 
 def make_shared_directory(directory):
     if not os.path.isdir(directory):
-        HOST.note(remove_empty, directory)
+        HOST.note(attempt, "remove_directory", directory)
         make_directory(directory)
 
 @step("cgroup")
@@ -1911,8 +1883,7 @@ def delete_cgroup(directory):
         try:
             if os.path.exists(f"{directory}/memory.force_empty"):  # v1 keeps a group for its cached pages' sake
                 write_kernel_file(f"{directory}/memory.force_empty", 0)
-            os.rmdir(directory)
-            tell(f"rmdir {shlex.quote(directory)}")
+            remove_directory(directory)
         except (OSError, MockerError):
             if time.monotonic() > deadline:
                 raise
@@ -2367,7 +2338,7 @@ def create_container(container, undo):
     if container.remove:
         undo.note(delete_directory, container.directory)
     if "mount" not in container.parts:
-        undo.note(detach, f"{container.directory}/rootfs")
+        undo.note(attempt, "unmount", f"{container.directory}/rootfs")
     with locked(JOURNALS):
         check(all(other["name"] != container.name for other in all_containers()),
               f"the name '{container.name}' is in use: choose another, or mocker clean --containers once it has ended")
@@ -2397,7 +2368,7 @@ def delete_directory(directory):
     # If something is still mounted there, volumes would be emptied.
     if f" {os.path.realpath(directory)}/" not in read_kernel_file("/proc/self/mountinfo"):
         remove_tree(directory)
-        remove_empty(os.path.dirname(directory))
+        attempt("remove_directory", os.path.dirname(directory))
 
 # ── Its first process ──────────────────────────────────────────────────────────────────────────────
 
@@ -2904,8 +2875,8 @@ def clean(arguments):
       --containers  also remove the directories of containers that have ended
     """
     need_root("clean")
-    with partial_directory(), locked(JOURNALS):
-        leave_host()
+    with partial_directory():
+        pass  # that removed what pulls left; what runs left, every command sweeps away before it begins
     for container in all_containers() if arguments["--containers"] else ():
         if container["id"] not in container_ids():
             delete_directory(store("containers", container["id"]))
@@ -3047,7 +3018,7 @@ def diff(arguments):
     container = find_container(name)
     check(container, f"no such container: {name[:100]}: see ls {store('containers')}")
     directory = store("containers", container["id"])
-    unshare_mounts()  # the layers alone are seen there, as it found them
+    unshare("mount")  # the layers alone are seen there, as it found them
     with explained(OSError, f"{name} can't be compared ({{}}): try again"), contextlib.ExitStack() as undo:
         scratch = undo.enter_context(partial_directory())
         mount_overlay(lower_layers(directory), scratch)
