@@ -1697,15 +1697,16 @@ def add_iptables(tool, owner, rules, note):
             return False
     return True
 
-def iptables_with(table):
-    """Those that may have rules in a table. The older one would make it by looking at it, and never remove it."""
-    return IPTABLES if table in read_kernel_file("/proc/net/ip_tables_names").split() else IPTABLES[:1]
+def list_iptables(table):
+    """{tool: its rules}. The older one would make a table by looking at it, and never remove it."""
+    tools = IPTABLES if table in read_kernel_file("/proc/net/ip_tables_names").split() else IPTABLES[:1]
+    return {tool: ask_tool([tool, "-w", "-t", table, "-S"]) or "" for tool in tools}
 
 def nat_rules(owner):
     """As nft or iptables lists them."""
     listed = ask_tool(["nft", "list", "table", "ip", owner])
     if listed is None:
-        listed = "".join(ask_tool([tool, "-w", "-t", "nat", "-S"]) or "" for tool in iptables_with("nat"))
+        listed = "".join(list_iptables("nat").values())
     rules = re.findall(rf"^\s*(.* dnat to .*|.* masquerade|.*--comment {owner}\b.*)$", listed, re.M)
     return list(dict.fromkeys(rules))  # of prerouting and output alike
 
@@ -1724,8 +1725,8 @@ def add_nat(subnet):
 
 def forward_beside_docker():
     """Where Docker is, this machine forwards nothing but Docker's own, or what is allowed by name."""
-    for tool in iptables_with("filter"):
-        if "-P FORWARD DROP" in (ask_tool([tool, "-w", "-S", "FORWARD"]) or ""):
+    for tool, listed in list_iptables("filter").items():
+        if "-P FORWARD DROP" in listed:
             rules = [("", f"filter FORWARD {way} {BRIDGE} -j ACCEPT") for way in ("-i", "-o")]
             add_iptables(tool, "mocker", rules, HOST.note)
 
@@ -1877,18 +1878,15 @@ def mount_cgroups(container, shown):
     mount("none", target, "", f"remount,{shown}")
 
 def delete_cgroup(directory):
-    """End what is still in it, and remove it. The kernel may need a moment to let the dead go."""
-    deadline = time.monotonic() + 5
-    while os.path.isdir(directory):
-        try:
-            if os.path.exists(f"{directory}/memory.force_empty"):  # v1 keeps a group for its cached pages' sake
-                write_kernel_file(f"{directory}/memory.force_empty", 0)
-            remove_directory(directory)
-        except (OSError, MockerError):
-            if time.monotonic() > deadline:
-                raise
-            end_members(directory)
-            time.sleep(0.005)
+    """End what is still in it, and remove it. The kernel may need a moment to let the dead go; it gets five seconds."""
+    for _ in range(1000):
+        attempt("write_kernel_file", f"{directory}/memory.force_empty", 0)  # v1 keeps a group for its cached pages
+        attempt("remove_directory", directory)
+        if not os.path.isdir(directory):
+            return
+        end_members(directory)
+        time.sleep(0.005)
+    raise MockerError(f"{directory} is still in use")
 
 def end_members(directory):
     members = read_kernel_file(f"{directory}/cgroup.procs").split()
