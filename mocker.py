@@ -1107,10 +1107,14 @@ def call(name, *arguments, what=None):
     # Numbers as long: flags use all their 32 bits.
     numbered = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     encoded = [os.fsencode(value) if isinstance(value, str) else value for value in numbered]
-    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*encoded)
+    result = getattr(c_library(), name)(*encoded)
     if result == -1:
         raise MockerError(f"{what or name}: {os.strerror(ctypes.get_errno())}", number=ctypes.get_errno())
     return result
+
+@functools.lru_cache
+def c_library():
+    return ctypes.CDLL(None, use_errno=True)
 
 def mount(source, target, kind="", options=""):
     """mount(2), as mount(8) does it: what is no flag among the options is for the file system itself."""
@@ -1169,9 +1173,11 @@ def die_with(parent):
     if os.getppid() not in (parent, 0):  # 0: it is outside our pid namespace
         os._exit(1)
 
-def make_directory(path):
-    """With those above it. One that is there is left as it is."""
+def make_directory(path, journal=None):
+    """With those above it. One that is there is left as it is; one that is noted goes again once it is empty."""
     if not os.path.isdir(path):
+        if journal:
+            journal.note(attempt, "remove_directory", path)
         os.makedirs(os.path.abspath(path))
         tell(f"mkdir -p {shlex.quote(path)}")
 
@@ -1806,7 +1812,7 @@ def create_cgroup(container, undo):
 def groups_v2(id):
     """One directory; those above it must pass the controllers on."""
     for directory in CGROUP, f"{CGROUP}/mocker":
-        make_shared_directory(directory)
+        make_directory(directory, HOST)
         pass_on(directory)
     return [f"{CGROUP}/mocker/{id}"]
 
@@ -1818,7 +1824,7 @@ def pass_on(directory):
     # A group with processes can't, unless it is the root of the tree, which has no type. In a container what looks
     # like the root is none, and has some: they move aside, as Docker's own docker-in-docker does it.
     if missing and os.path.exists(f"{directory}/cgroup.type") and read_kernel_file(f"{directory}/cgroup.procs"):
-        make_shared_directory(aside)
+        make_directory(aside, HOST)
         HOST.note(run_tool, moving(aside, directory))
         run_tool(moving(directory, aside))
     if missing:
@@ -1833,7 +1839,7 @@ def groups_v1(id):
     """One in each tree, but cpuset's, whose groups take nobody until told which CPUs, and v2's of a hybrid machine."""
     names = [name for name in os.listdir(CGROUP) if os.path.isdir(f"{CGROUP}/{name}")]
     for name in names:  # the `cgroups` package would make it, and leave it
-        make_shared_directory(f"{CGROUP}/{name}/root")
+        make_directory(f"{CGROUP}/{name}/root", HOST)
     # Where cpu and cpuacct are one tree, cpu,cpuacct, these are links to it.
     return [f"{CGROUP}/{name}/root/mocker_{id}" for name in names if not os.path.islink(f"{CGROUP}/{name}")
             and os.path.exists(f"{CGROUP}/{name}/tasks") and not os.path.exists(f"{CGROUP}/{name}/cpuset.cpus")]
@@ -1843,11 +1849,6 @@ def limit_memory_v1(container):
     logging.getLogger("cgroups.user").setLevel(logging.ERROR)
     cgroups.Cgroup(f"mocker_{container.id}", user="root").set_memory_limit(container.memory, "bytes")
     tell(f"echo {container.memory} > {CGROUP}/memory/root/mocker_{container.id}/memory.limit_in_bytes")
-
-def make_shared_directory(directory):
-    if not os.path.isdir(directory):
-        HOST.note(attempt, "remove_directory", directory)
-        make_directory(directory)
 
 @step("cgroup")
 def join_cgroup(container):
