@@ -587,7 +587,7 @@ def need_disk():
     except PermissionError:
         say(f"{HOME} lies on an overlay, which can't hold layers: it gets a tmpfs, and is lost with the machine; "
             f"in docker, -v mocker:{HOME} keeps it")
-        mount("tmpfs", HOME, "tmpfs", MS_NODEV, "mode=755")
+        mount("tmpfs", HOME, "tmpfs", "nodev,mode=755")
     for part in "layers", "containers", "partial":
         os.makedirs(store(part), mode=0o700, exist_ok=True)
 
@@ -906,7 +906,7 @@ def be_worker(parent):
     die_with(parent)
     for stop in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(stop, signal.SIG_DFL)
-    unshare_mounts()
+    unshare("mount")
 
 def is_stored(blob):
     path = blob_path(blob["digest"])
@@ -1055,25 +1055,27 @@ def verify(arguments):
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
 
-CLONE_NEWNS = 0x00020000  # mount namespace: a mount table of its own
-CLONE_NEWCGROUP = 0x02000000  # cgroup: its cgroup looks like the root of the tree
-CLONE_NEWUTS = 0x04000000  # uts: a host name of its own
-CLONE_NEWIPC = 0x08000000  # ipc: System V IPC and POSIX message queues of its own
-CLONE_NEWPID = 0x20000000  # pid: process numbers of its own, from 1
-CLONE_NEWNET = 0x40000000  # net: interfaces, addresses, routes and firewall of its own
-
-MS_RDONLY = 0x1
-MS_NOSUID = 0x2  # setuid bits and file capabilities count for nothing
-MS_NODEV = 0x4  # device nodes can't be opened
-MS_NOEXEC = 0x8
-MS_REMOUNT = 0x20  # change the flags of what is mounted
-MS_BIND = 0x1000  # the same file or directory at a second place
-MS_REC = 0x4000  # and all that is mounted below it
-MS_PRIVATE = 0x40000  # mounts made here stay here
-MS_STRICTATIME = 0x1000000
-MOUNT_OPTIONS = {MS_RDONLY: "ro", MS_NOSUID: "nosuid", MS_NODEV: "nodev", MS_NOEXEC: "noexec", MS_REMOUNT: "remount",
-                 MS_BIND: "bind", MS_STRICTATIME: "strictatime"}
-
+# unshare(1)'s names for what unshare(2) can give a process of its own (man 7 namespaces)
+NAMESPACE_FLAGS = {
+    "mount": 0x00020000,  # a mount table
+    "cgroup": 0x02000000,  # a view of the cgroups, where its own looks like the root of the tree
+    "uts": 0x04000000,  # a host name
+    "ipc": 0x08000000,  # System V IPC and POSIX message queues
+    "pid": 0x20000000,  # process numbers, from 1; not for itself, but for its children
+    "net": 0x40000000,  # interfaces, addresses, routes and firewall
+}
+# mount(8)'s names for the flags of mount(2)
+MOUNT_FLAGS = {
+    "ro": 0x1,
+    "nosuid": 0x2,  # setuid bits and file capabilities count for nothing
+    "nodev": 0x4,  # device nodes can't be opened
+    "noexec": 0x8,
+    "remount": 0x20,  # change the flags of what is mounted
+    "bind": 0x1000,  # the same file or directory at a second place
+    "rbind": 0x5000,  # and all that is mounted below it
+    "rprivate": 0x44000,  # mounts made below stay here
+    "strictatime": 0x1000000,
+}
 MNT_DETACH = 2  # umount2(2): out of the tree now, gone when nobody uses it any more
 AT_FDCWD = -100
 OPEN_TREE_CLONE = 0x1  # open_tree(2): a copy of a mount, attached nowhere yet
@@ -1101,12 +1103,15 @@ def call(name, *arguments, what=None):
 def c_library():
     return ctypes.CDLL(None, use_errno=True)
 
-def mount(source, target, kind="", flags=0, data=""):
-    """mount(2)"""
-    options = ",".join([name for flag, name in MOUNT_OPTIONS.items() if flags & flag] + [data] * bool(data))
-    options = options.replace("bind", "rbind") if flags & MS_REC else options
+def mount(source, target, kind="", options=""):
+    """mount(2), as mount(8) does it: what is no flag among the options is for the file system itself."""
+    words = options.split(",") if options else []
+    flags = sum(MOUNT_FLAGS.get(word, 0) for word in words)
+    data = ",".join(word for word in words if word not in MOUNT_FLAGS)
     command = shlex.join(["mount"] + ["-t", kind] * bool(kind) + ["-o", options] * bool(options) + [source, target])
     call("mount", source, target, kind, flags, data, what=command)
+    if len(words) > 1 and words[0] in ("bind", "rbind"):  # it takes its other flags only once it is there
+        call("mount", "none", target, "", flags | MOUNT_FLAGS["remount"], "", what=command)
     tell(command)
 
 def unmount(target):
@@ -1115,28 +1120,23 @@ def unmount(target):
     command = f"umount -l {shlex.quote(target)}"
     tell(command, by_hand=f"{command} || exit")  # before a volume is taken for a part of the container
 
-def unshare(flags, names):
-    """unshare(2): leave a namespace for a new one."""
-    call("unshare", flags, what=f"unshare {', '.join(names)}")
-    tell("unshare " + " ".join(f"--{name}" for name in names), wraps=True)
-
-def unshare_mounts():
-    unshare(CLONE_NEWNS, ["mount"])
-    make_mounts_private()
-
-def make_mounts_private():
-    """Else ours would show up outside, too, where systemd shares / (man 7 mount_namespaces)."""
-    call("mount", "none", "/", "", MS_REC | MS_PRIVATE, "", what="mount --make-rprivate /")
-    tell("mount --make-rprivate /")
+def unshare(*kinds):
+    """unshare(2): leave namespaces for new ones. Mounts become private, as by unshare(1): else ours would show up
+    outside, too, where systemd shares / (man 7 mount_namespaces)."""
+    command = " ".join(["unshare", *(f"--{kind}" for kind in kinds)])
+    call("unshare", sum(NAMESPACE_FLAGS[kind] for kind in kinds), what=command)
+    if "mount" in kinds:
+        call("mount", "none", "/", "", MOUNT_FLAGS["rprivate"], "", what="mount --make-rprivate /")
+    tell(f"{command} --fork" if "pid" in kinds else command, wraps=True)
 
 @contextlib.contextmanager
-def coming_back(kind, flag):
+def coming_back(kind):
     """Leave a namespace for a while; setns(2) takes an open file that stands for one."""
     handle = os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield
     finally:
-        call("setns", handle, flag)
+        call("setns", handle, 0)
         os.close(handle)
 
 def seal_interpreter(argv):
@@ -1160,11 +1160,18 @@ def die_with(parent):
     if os.getppid() not in (parent, 0):  # 0: it is outside our pid namespace
         os._exit(1)
 
-def make_directory(path):
-    """With those above it. One that is there is left as it is."""
+def make_directory(path, journal=None):
+    """With those above it. One that is there is left as it is; one that is noted goes again once it is empty."""
     if not os.path.isdir(path):
+        if journal:
+            journal.note(attempt, "remove_directory", path)
         os.makedirs(os.path.abspath(path))
         tell(f"mkdir -p {shlex.quote(path)}")
+
+def remove_directory(path):
+    """If it is empty, as rmdir(1)."""
+    os.rmdir(path)
+    tell(f"rmdir {shlex.quote(path)}")
 
 def make_link(target, path):
     os.symlink(target, path)
@@ -1224,13 +1231,16 @@ class Journal:
             file.write(json.dumps([function.__name__, *arguments]) + "\n")
 
     def undo(self):
-        """In reverse. If one fails the others are done all the same, and the journal stays."""
-        with contextlib.ExitStack() as undo:
-            for line in read_kernel_file(self.path).splitlines():
-                with contextlib.suppress(ValueError, KeyError):  # it was being written when we were killed
-                    name, *arguments = json.loads(line)
-                    undo.callback(globals()[name], *arguments)
-        os.unlink(self.path)
+        """In reverse. If one fails the others are done all the same, and the journal stays for the next mocker."""
+        try:
+            with contextlib.ExitStack() as undo:
+                for line in read_kernel_file(self.path).splitlines():
+                    with contextlib.suppress(ValueError, KeyError):  # it was being written when we were killed
+                        name, *arguments = json.loads(line)
+                        undo.callback(globals()[name], *arguments)
+            os.unlink(self.path)
+        except Exception as error:  # whatever it is, what was to be done now goes on
+            say(f"not all could be undone: {error}")
 
 HOST = Journal("host")
 
@@ -1249,44 +1259,28 @@ def held_journal(id):
     finally:
         for number in forwarded():
             signal.signal(number, signal.SIG_IGN)
-        undo_or_say(Journal(id).undo)
-        with locked(JOURNALS):
-            undo_or_say(leave_host)
-
-def undo_or_say(undo):
-    try:
-        undo()
-    except Exception as error:  # the next mocker tries again, and what was to be done now goes on
-        say(f"not all could be undone: {error}")
-
-def leave_host():
-    """The last container to go puts the host back as it was. The caller holds the lock."""
-    if not container_ids() and os.path.exists(HOST.path):
-        HOST.undo()
+        Journal(id).undo()
+        sweep()
 
 def sweep():
-    """What a killed mocker left is cleared away by the next command."""
+    """Clear away what killed mockers left, and with the last container what all shared: the host is as it was.
+
+    At the beginning of each command, and at the end of each container.
+    """
     if os.geteuid() == 0 and os.path.isdir(JOURNALS) and os.listdir(JOURNALS):
         with locked(JOURNALS):
             for id in container_ids():
                 with contextlib.suppress(BlockingIOError, FileNotFoundError), open(f"{JOURNALS}/{id}") as file:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     say(f"clearing away container {id}, whose mocker was killed")
-                    undo_or_say(Journal(id).undo)
-            undo_or_say(leave_host)
+                    Journal(id).undo()
+            if not container_ids() and os.path.exists(HOST.path):
+                HOST.undo()
 
-def restore_file(path, value):
-    with contextlib.suppress(MockerError):  # it may be gone
-        write_kernel_file(path, value)
-
-def detach(path):
-    with contextlib.suppress(MockerError):  # it may not be mounted (any more)
-        unmount(path)
-
-def remove_empty(directory):
-    with contextlib.suppress(OSError):  # somebody else may use it now
-        os.rmdir(directory)
-        tell(f"rmdir {shlex.quote(directory)}")
+def attempt(name, *arguments):
+    """Undo by a primitive what may be gone by now, or in use by somebody else."""
+    with contextlib.suppress(OSError, MockerError):
+        globals()[name](*arguments)
 
 # ═══ Its root: overlay, /proc, /sys, /dev, pivot_root ════════════════════════════════════════════
 #
@@ -1298,7 +1292,8 @@ DEVICES = ["null", "zero", "full", "random", "urandom", "tty"]
 LINKS = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}  # to /proc/self/fd
 # A layer is not to depend on this kernel's defaults; volatile: nothing waits for the disk at the end.
 LINUX = [int(number) for number in os.uname().release.partition("-")[0].split(".")[:2]]
-FEATURES = "index=off,metacopy=off,redirect_dir=off" + ",volatile" * (LINUX >= [5, 10])
+FEATURES = "nodev,index=off,metacopy=off,redirect_dir=off" + ",volatile" * (LINUX >= [5, 10])
+HARMLESS = "nosuid,nodev,noexec"
 ETC_FILES = ("hosts", "hostname", "resolv.conf")
 # What /proc and /sys tell or do about the whole machine (as runc has it)
 MASKED = ("proc/asound", "proc/acpi", "proc/kcore", "proc/keys", "proc/latency_stats", "proc/timer_list",
@@ -1314,12 +1309,9 @@ def leave_namespaces(container):
     Only user is missing, as in Docker: root in here is root out there, held by what follows.
     See man 7 namespaces. Look: lsns; ls -l /proc/PID/ns
     """
-    kinds = {"mount": CLONE_NEWNS, "uts": CLONE_NEWUTS, "ipc": CLONE_NEWIPC, "cgroup": CLONE_NEWCGROUP}
-    kinds = {name: flag for name, flag in kinds.items() if name in container.parts}
+    kinds = [kind for kind in ("mount", "uts", "ipc", "cgroup") if kind in container.parts]
     if kinds:
-        unshare(sum(kinds.values()), kinds)
-    if "mount" in kinds:
-        make_mounts_private()
+        unshare(*kinds)
     if "uts" in kinds:
         call("sethostname", container.hostname, len(os.fsencode(container.hostname)))
         tell(f"printf %s {shlex.quote(container.hostname)} > /proc/sys/kernel/hostname")
@@ -1340,8 +1332,7 @@ def mount_root(container):
         say("without overlay, all of the image is copied first")
         run_tool(["cp", "-a", "../rootfs", "../copy"])
         unmount("../rootfs")
-        mount("../copy", "../rootfs", "", MS_BIND)
-        mount("none", "../rootfs", "", MS_REMOUNT | MS_BIND | MS_NODEV)
+        mount("../copy", "../rootfs", "", "bind,nodev")
     tell("cd ../rootfs")
     os.chdir("../rootfs")
     prove("tail -1 /proc/self/mounts", read_kernel_file("/proc/self/mounts").splitlines()[-1])
@@ -1353,13 +1344,12 @@ def mount_overlay(layers, directory):
     tell(f"cd {shlex.quote(directory)}/lower")
     os.chdir(f"{directory}/lower")
     if not layers:  # there is nothing to lay it over
-        mount("../upper", "../rootfs", "", MS_BIND)
-        return mount("none", "../rootfs", "", MS_REMOUNT | MS_BIND | MS_NODEV)
+        return mount("../upper", "../rootfs", "", "bind,nodev")
     for number, layer in enumerate(layers):
         make_link(layer, str(number))  # short names: overlayfs' options must fit in one page
     copy_metadata("0", "../upper")  # the root directory itself is seen as the upper's
-    options = f"{FEATURES},lowerdir={':'.join(map(str, range(len(layers))))},upperdir=../upper,workdir=../work"
-    return mount("overlay", "../rootfs", "overlay", MS_NODEV, options)
+    lower = ":".join(map(str, range(len(layers))))
+    return mount("overlay", "../rootfs", "overlay", f"{FEATURES},lowerdir={lower},upperdir=../upper,workdir=../work")
 
 @step()
 def take_along(container):
@@ -1415,20 +1405,20 @@ def mount_kernel_filesystems(container):
     these nodes: each is bound onto itself before /dev becomes nodev, so no other can be opened.
     See man 5 proc, man 5 sysfs, OCI runtime-spec config-linux.md. Look: mount, in the container
     """
-    plain, writable = MS_NOSUID | MS_NODEV | MS_NOEXEC, 0 if container.privileged else MS_RDONLY
-    mount_at("tmpfs", "dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k")
+    shown = HARMLESS + ",ro" * (not container.privileged)
+    mount_at("tmpfs", "dev", "tmpfs", "nosuid,strictatime,mode=755,size=65536k")
     for name, like in container.devices.items():
         make_device(f"dev/{name}", like)
-        mount(f"dev/{name}", f"dev/{name}", "", MS_BIND)
-    mount("none", "dev", "", MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | MS_STRICTATIME)
-    mount_at("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
-    mount_at("shm", "dev/shm", "tmpfs", plain, "mode=1777,size=65536k")
-    mount_at("mqueue", "dev/mqueue", "mqueue", plain)
-    mount_at("sysfs", "sys", "sysfs", plain | writable)
+        mount(f"dev/{name}", f"dev/{name}", "", "bind")
+    mount("none", "dev", "", "remount,bind,nosuid,nodev,strictatime")
+    mount_at("devpts", "dev/pts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620,gid=5")
+    mount_at("shm", "dev/shm", "tmpfs", f"{HARMLESS},mode=1777,size=65536k")
+    mount_at("mqueue", "dev/mqueue", "mqueue", HARMLESS)
+    mount_at("sysfs", "sys", "sysfs", shown)
     make_link("pts/ptmx", "dev/ptmx")
     for name, number in LINKS.items():
         make_link(f"/proc/self/fd{number}", f"dev/{name}")
-    mount_cgroups(container, plain, writable)
+    mount_cgroups(container, shown)
 
 def make_device(path, like):
     """A node as another one is: its type, its numbers, its mode."""
@@ -1437,11 +1427,11 @@ def make_device(path, like):
     os.chmod(path, mode)  # whatever the umask
     tell(f"mknod -m {mode:o} {path} {kind} {os.major(like.st_rdev)} {os.minor(like.st_rdev)}")
 
-def mount_at(source, target, kind, flags, options=""):
+def mount_at(source, target, kind, options):
     """At a directory that is made if it is missing; a symlink is refused, as by runc."""
     check(not os.path.islink(target), f"the image's /{target} is a symlink: nothing can be mounted there")
     make_directory(target)
-    mount(source, target, kind, flags, options)
+    mount(source, target, kind, options)
 
 @step()
 def unpack_parcels(container, parcels):
@@ -1460,9 +1450,9 @@ def unpack_parcels(container, parcels):
         call("move_mount", handle, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH, what=target)
         tell(shlex.join(["mount", "--rbind", source, target]))
         os.close(handle)
-        mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY * read_only)
+        mount("none", target, "", "remount,bind,nodev" + ",ro" * read_only)
     # Last: while parcels are open, /proc/self/fd would lead a symlink of the image to them.
-    mount_at("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    mount_at("proc", "proc", "proc", HARMLESS)
 
 @step("mask")
 def mask_paths(container):
@@ -1475,10 +1465,9 @@ def mask_paths(container):
     if container.privileged:
         return
     for path in filter(os.path.exists, READ_ONLY):
-        mount(path, path, "", MS_BIND | MS_REC)
-        mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        mount(path, path, "", f"rbind,ro,{HARMLESS}")
     for path in filter(os.path.exists, MASKED):
-        mount(*("tmpfs", path, "tmpfs", MS_RDONLY) if os.path.isdir(path) else ("dev/null", path, "", MS_BIND))
+        mount(*("tmpfs", path, "tmpfs", "ro") if os.path.isdir(path) else ("dev/null", path, "", "bind"))
 
 def copy_metadata(source, target):
     """Owner, mode, times and xattrs, but for overlayfs' own."""
@@ -1521,10 +1510,10 @@ NET_SYSCTLS = {"ipv4/ping_group_range": "0 2147483647", "ipv4/ip_unprivileged_po
                "ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1"}
 # What the kernel can be asked for (man 7 rtnetlink): number, flags, pyroute2's name for its form. 0x5: a request,
 # to be acknowledged; 0x600: create it, and it must not be there yet.
-NEW_LINK, DELETE_LINK = (16, 0x605, "ifinfmsg"), (17, 0x5, "ifinfmsg")
+NEW_LINK, SET_LINK, DELETE_LINK = (16, 0x605, "ifinfmsg"), (16, 0x5, "ifinfmsg"), (17, 0x5, "ifinfmsg")
 NEW_ADDRESS, NEW_ROUTE = (20, 0x605, "ifaddrmsg"), (24, 0x605, "rtmsg")
 IFF_UP = 1
-UP = {"flags": IFF_UP, "change": IFF_UP}  # of a link that is made
+UP = {"flags": IFF_UP, "change": IFF_UP}
 
 def ask_kernel(command, request, fields, **attributes):
     """One request about links, addresses or routes of the network namespace that we are in, and its answer."""
@@ -1587,9 +1576,9 @@ def create_netns(name):
     """A new one; it stays for as long as it is mounted on a file, which is its name."""
     os.makedirs(NETNS, exist_ok=True)
     os.close(os.open(f"{NETNS}/{name}", os.O_CREAT | os.O_EXCL, 0o444))
-    with coming_back("net", CLONE_NEWNET):
-        call("unshare", CLONE_NEWNET, what="unshare net")
-        call("mount", "/proc/thread-self/ns/net", f"{NETNS}/{name}", "", MS_BIND, "", what=f"ip netns add {name}")
+    with coming_back("net"):
+        call("unshare", NAMESPACE_FLAGS["net"])
+        call("mount", "/proc/thread-self/ns/net", f"{NETNS}/{name}", "", MOUNT_FLAGS["bind"], "")
     tell(f"ip netns add {name}")
 
 @step("net")
@@ -1601,33 +1590,28 @@ def join_network(container):
     See man 2 setns. Look: ip netns identify PID
     """
     if container.network == "none":
-        unshare(CLONE_NEWNET, ["net"])
+        unshare("net")
         set_up_loopback()
     elif container.network == "bridge":
         with open(f"{NETNS}/mocker_{container.id}") as handle:
-            call("setns", handle.fileno(), CLONE_NEWNET)
+            call("setns", handle.fileno(), NAMESPACE_FLAGS["net"])
         tell(f"nsenter --net={NETNS}/mocker_{container.id}", wraps=True)
         set_up_loopback()
         add_address("veth1", container.address)
-        set_up("veth1")
+        ask_kernel("ip link set veth1 up", SET_LINK, UP, IFLA_IFNAME="veth1")
         fields = {"family": socket.AF_INET, "table": 254, "proto": 3, "type": 1}  # ip-route(8)'s own choice
         ask_kernel(f"ip route add default via {container.gateway}", NEW_ROUTE, fields, RTA_GATEWAY=container.gateway)
     prove("cat /proc/net/route", read_kernel_file("/proc/net/route"))
 
 def set_up_loopback():
-    """With docker's settings."""
-    set_up("lo")
+    """With docker's settings. By an old ioctl(2), which takes no library (man 7 netdevice)."""
+    SIOCSIFFLAGS = 0x8914
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", IFF_UP))
+    tell("ip link set lo up")
     for name, value in NET_SYSCTLS.items():
         if os.path.exists(f"/proc/sys/net/{name}"):
             write_kernel_file(f"/proc/sys/net/{name}", value)
-
-def set_up(name):
-    """By an old ioctl(2), which takes no library (man 7 netdevice): read the flags, add one, write them."""
-    SIOCGIFFLAGS, SIOCSIFFLAGS, form = 0x8913, 0x8914, "16sH22x"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
-        answer = fcntl.ioctl(handle, SIOCGIFFLAGS, struct.pack(form, name.encode(), 0))
-        fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack(form, name.encode(), struct.unpack(form, answer)[1] | IFF_UP))
-    tell(f"ip link set {name} up")
 
 def read_interfaces(process="thread-self"):
     return [line.split(":")[0].strip() for line in read_kernel_file(f"/proc/{process}/net/dev").splitlines()[2:]]
@@ -1657,7 +1641,7 @@ def create_bridge():
     subnet, forward = free_subnet(routes), "/proc/sys/net/ipv4/ip_forward"
     if subnet != SUBNETS[0]:
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
-    HOST.note(restore_file, forward, read_kernel_file(forward))
+    HOST.note(attempt, "write_kernel_file", forward, read_kernel_file(forward))
     HOST.note(delete_bridge)
     ask_kernel(f"ip link add {BRIDGE} up group {GROUP} address {MAC} type bridge", NEW_LINK, UP, IFLA_IFNAME=BRIDGE,
                IFLA_GROUP=GROUP, IFLA_ADDRESS=MAC, IFLA_LINKINFO=nested(IFLA_INFO_KIND="bridge"))
@@ -1690,15 +1674,12 @@ IPTABLES = "iptables", "iptables-legacy"  # mostly the first one is for nftables
 
 def add_rules(owner, rules, note=lambda *undo: None):
     """Add (rule for nft, the same for iptables) under an owner's name. → the tool that could, or None"""
+    # type nat hook output priority -100; … → chain output { type nat hook output priority -100; …; }
+    chains = "".join(f"chain {rule.split()[3]} {{ {rule}; }}; " for rule, _ in rules)
     note(run_tool, ["nft", "delete", "table", "ip", owner])
-    if add_nft(owner, rules):
+    if run_tool(["nft", f"table ip {owner} {{ {chains}}}"]) is not None:
         return "nft"
     return next((tool for tool in IPTABLES if add_iptables(tool, owner, rules, note)), None)
-
-def add_nft(owner, rules):
-    """type nat hook output priority -100; … → chain output { type nat hook output priority -100; …; }"""
-    chains = "".join(f"chain {rule.split()[3]} {{ {rule}; }}; " for rule, _ in rules)
-    return run_tool(["nft", f"table ip {owner} {{ {chains}}}"]) is not None
 
 def add_iptables(tool, owner, rules, note):
     """nat OUTPUT … → iptables -t nat -I OUTPUT …, with the owner's name in a comment. Each notes its own deletion."""
@@ -1709,15 +1690,16 @@ def add_iptables(tool, owner, rules, note):
             return False
     return True
 
-def iptables_with(table):
-    """Those that may have rules in a table. The older one would make it by looking at it, and never remove it."""
-    return IPTABLES if table in read_kernel_file("/proc/net/ip_tables_names").split() else IPTABLES[:1]
+def list_iptables(table):
+    """{tool: its rules}. The older one would make a table by looking at it, and never remove it."""
+    tools = IPTABLES if table in read_kernel_file("/proc/net/ip_tables_names").split() else IPTABLES[:1]
+    return {tool: ask_tool([tool, "-w", "-t", table, "-S"]) or "" for tool in tools}
 
 def nat_rules(owner):
     """As nft or iptables lists them."""
     listed = ask_tool(["nft", "list", "table", "ip", owner])
     if listed is None:
-        listed = "".join(ask_tool([tool, "-w", "-t", "nat", "-S"]) or "" for tool in iptables_with("nat"))
+        listed = "".join(list_iptables("nat").values())
     rules = re.findall(rf"^\s*(.* dnat to .*|.* masquerade|.*--comment {owner}\b.*)$", listed, re.M)
     return list(dict.fromkeys(rules))  # of prerouting and output alike
 
@@ -1736,8 +1718,8 @@ def add_nat(subnet):
 
 def forward_beside_docker():
     """Where Docker is, this machine forwards nothing but Docker's own, or what is allowed by name."""
-    for tool in iptables_with("filter"):
-        if "-P FORWARD DROP" in (ask_tool([tool, "-w", "-S", "FORWARD"]) or ""):
+    for tool, listed in list_iptables("filter").items():
+        if "-P FORWARD DROP" in listed:
             rules = [("", f"filter FORWARD {way} {BRIDGE} -j ACCEPT") for way in ("-i", "-o")]
             add_iptables(tool, "mocker", rules, HOST.note)
 
@@ -1816,9 +1798,9 @@ def create_cgroup(container, undo):
 
 def groups_v2(id):
     """One directory; those above it must pass the controllers on."""
-    make_shared_directory(f"{CGROUP}/mocker")
-    pass_on(CGROUP)
-    pass_on(f"{CGROUP}/mocker")
+    for directory in CGROUP, f"{CGROUP}/mocker":
+        make_directory(directory, HOST)
+        pass_on(directory)
     return [f"{CGROUP}/mocker/{id}"]
 
 def pass_on(directory):
@@ -1829,11 +1811,11 @@ def pass_on(directory):
     # A group with processes can't, unless it is the root of the tree, which has no type. In a container what looks
     # like the root is none, and has some: they move aside, as Docker's own docker-in-docker does it.
     if missing and os.path.exists(f"{directory}/cgroup.type") and read_kernel_file(f"{directory}/cgroup.procs"):
-        make_shared_directory(aside)
+        make_directory(aside, HOST)
         HOST.note(run_tool, moving(aside, directory))
         run_tool(moving(directory, aside))
     if missing:
-        HOST.note(restore_file, passed, " ".join(f"-{name}" for name in missing))
+        HOST.note(attempt, "write_kernel_file", passed, " ".join(f"-{name}" for name in missing))
         write_kernel_file(passed, " ".join(f"+{name}" for name in missing))
 
 def moving(source, target):
@@ -1844,7 +1826,7 @@ def groups_v1(id):
     """One in each tree, but cpuset's, whose groups take nobody until told which CPUs, and v2's of a hybrid machine."""
     names = [name for name in os.listdir(CGROUP) if os.path.isdir(f"{CGROUP}/{name}")]
     for name in names:  # the `cgroups` package would make it, and leave it
-        make_shared_directory(f"{CGROUP}/{name}/root")
+        make_directory(f"{CGROUP}/{name}/root", HOST)
     # Where cpu and cpuacct are one tree, cpu,cpuacct, these are links to it.
     return [f"{CGROUP}/{name}/root/mocker_{id}" for name in names if not os.path.islink(f"{CGROUP}/{name}")
             and os.path.exists(f"{CGROUP}/{name}/tasks") and not os.path.exists(f"{CGROUP}/{name}/cpuset.cpus")]
@@ -1854,11 +1836,6 @@ def limit_memory_v1(container):
     logging.getLogger("cgroups.user").setLevel(logging.ERROR)
     cgroups.Cgroup(f"mocker_{container.id}", user="root").set_memory_limit(container.memory, "bytes")
     tell(f"echo {container.memory} > {CGROUP}/memory/root/mocker_{container.id}/memory.limit_in_bytes")
-
-def make_shared_directory(directory):
-    if not os.path.isdir(directory):
-        HOST.note(remove_empty, directory)
-        make_directory(directory)
 
 @step("cgroup")
 def join_cgroup(container):
@@ -1873,35 +1850,31 @@ def join_cgroup(container):
         write_kernel_file(f"{directory}/{'tasks' if container.cgroup_version == 1 else 'cgroup.procs'}", 0)
     prove("cat /proc/self/cgroup", read_kernel_file("/proc/self/cgroup"))
 
-def mount_cgroups(container, plain, writable):
+def mount_cgroups(container, shown):
     """/sys/fs/cgroup; by the cgroup namespace its root is the container's own group."""
     target = CGROUP.lstrip("/")
     if not container.cgroups or not os.path.isdir(target):
         return
     if container.cgroup_version == 2:
-        mount("cgroup", target, "cgroup2", plain | writable)
+        mount("cgroup", target, "cgroup2", shown)
         return
-    mount("tmpfs", target, "tmpfs", plain, "mode=755")
+    mount("tmpfs", target, "tmpfs", f"{HARMLESS},mode=755")
     for name in (directory.split("/")[4] for directory in container.cgroups):
-        mount_at("cgroup", f"{target}/{name}", "cgroup", plain | writable, f"{'name=' * (name == 'systemd')}{name}")
+        mount_at("cgroup", f"{target}/{name}", "cgroup", f"{shown},{'name=' * (name == 'systemd')}{name}")
         for controller in name.split(",") if "," in name else ():  # where programs look for it
             make_link(name, f"{target}/{controller}")
-    mount("none", target, "", MS_REMOUNT | plain | writable)
+    mount("none", target, "", f"remount,{shown}")
 
 def delete_cgroup(directory):
-    """End what is still in it, and remove it. The kernel may need a moment to let the dead go."""
-    deadline = time.monotonic() + 5
-    while os.path.isdir(directory):
-        try:
-            if os.path.exists(f"{directory}/memory.force_empty"):  # v1 keeps a group for its cached pages' sake
-                write_kernel_file(f"{directory}/memory.force_empty", 0)
-            os.rmdir(directory)
-            tell(f"rmdir {shlex.quote(directory)}")
-        except (OSError, MockerError):
-            if time.monotonic() > deadline:
-                raise
-            end_members(directory)
-            time.sleep(0.005)
+    """End what is still in it, and remove it. The kernel may need a moment to let the dead go; it gets five seconds."""
+    for _ in range(1000):
+        attempt("write_kernel_file", f"{directory}/memory.force_empty", 0)  # v1 keeps a group for its cached pages
+        attempt("remove_directory", directory)
+        if not os.path.isdir(directory):
+            return
+        end_members(directory)
+        time.sleep(0.005)
+    raise MockerError(f"{directory} is still in use")
 
 def end_members(directory):
     members = read_kernel_file(f"{directory}/cgroup.procs").split()
@@ -2334,7 +2307,7 @@ def create_container(container, undo):
     if container.remove:
         undo.note(delete_directory, container.directory)
     if "mount" not in container.parts:
-        undo.note(detach, f"{container.directory}/rootfs")
+        undo.note(attempt, "unmount", f"{container.directory}/rootfs")
     with locked(JOURNALS):
         check(all(other["name"] != container.name for other in all_containers()),
               f"the name '{container.name}' is in use: choose another, or mocker clean --containers once it has ended")
@@ -2364,7 +2337,7 @@ def delete_directory(directory):
     # If something is still mounted there, volumes would be emptied.
     if f" {os.path.realpath(directory)}/" not in read_kernel_file("/proc/self/mountinfo"):
         remove_tree(directory)
-        remove_empty(os.path.dirname(directory))
+        attempt("remove_directory", os.path.dirname(directory))
 
 # ── Its first process ──────────────────────────────────────────────────────────────────────────────
 
@@ -2378,9 +2351,9 @@ def start(container):
     """
     container.wire, inner = socket.socketpair()
     signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # the child must not run our handlers
-    with coming_back("pid_for_children", CLONE_NEWPID), inner:
+    with coming_back("pid_for_children"), inner:
         if "pid" in container.parts:
-            unshare(CLONE_NEWPID, ["pid", "fork"])
+            unshare("pid")
         else:
             tell("fork", wraps=True, by_hand="env")
         mocker, container.pid = os.getpid(), os.fork()
@@ -2423,7 +2396,7 @@ def open_streams(container):
         outer, slave = os.openpty()
         fcntl.ioctl(slave, 0x540E, 0)  # TIOCSCTTY: the controlling terminal, whose Ctrl-C is a signal
         os.close(os.open("/dev/console", os.O_CREAT | os.O_WRONLY, 0o600))
-        mount(os.ttyname(slave), "/dev/console", "", MS_BIND)
+        mount(os.ttyname(slave), "/dev/console", "", "bind")
         inner, outer = [slave, slave, slave], [outer, outer]
     else:
         (stdout, out), (stderr, err), (keys, stdin) = os.pipe(), os.pipe(), os.pipe()
@@ -2440,7 +2413,7 @@ def enter_working_directory(container):
     """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else."""
     make_directory("." + os.path.realpath(container.working_directory))
     if container.read_only:
-        mount("none", ".", "", MS_REMOUNT | MS_BIND | MS_NODEV | MS_RDONLY)
+        mount("none", ".", "", "remount,bind,nodev,ro")
     os.chdir(container.working_directory)
 
 def program_by_hand(container):
@@ -2737,7 +2710,7 @@ def look_at_packages():
     return ", ".join(names)
 
 def try_namespaces():
-    unshare(CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP, ["all"])
+    unshare(*NAMESPACE_FLAGS)
     return "mount, uts, ipc, pid, net, cgroup"
 
 def try_overlay():
@@ -2750,7 +2723,7 @@ def try_overlay():
 
 def try_firewall():
     """In a network of its own: that nft can list its tables does not say that this kernel has NAT."""
-    unshare(CLONE_NEWNET, ["net"])
+    unshare("net")
     rules = [("type nat hook postrouting priority 100; masquerade", "nat POSTROUTING -j MASQUERADE")]
     tool = add_rules("mocker", rules)
     check(tool, "neither nft nor iptables works: a container reaches this machine, but not beyond, and no port is "
@@ -2852,8 +2825,8 @@ def clean(arguments):
       --containers  also remove the directories of containers that have ended
     """
     need_root("clean")
-    with partial_directory(), locked(JOURNALS):
-        leave_host()
+    with partial_directory():
+        pass  # that removed what pulls left; what runs left, every command sweeps away before it begins
     for container in all_containers() if arguments["--containers"] else ():
         if container["id"] not in container_ids():
             delete_directory(store("containers", container["id"]))
@@ -2995,7 +2968,7 @@ def diff(arguments):
     container = find_container(name)
     check(container, f"no such container: {name[:100]}: see ls {store('containers')}")
     directory = store("containers", container["id"])
-    unshare_mounts()  # the layers alone are seen there, as it found them
+    unshare("mount")  # the layers alone are seen there, as it found them
     with explained(OSError, f"{name} can't be compared ({{}}): try again"), contextlib.ExitStack() as undo:
         scratch = undo.enter_context(partial_directory())
         mount_overlay(lower_layers(directory), scratch)
