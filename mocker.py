@@ -43,7 +43,7 @@ import stat
 import sys
 
 __version__ = "1.0"
-HOME = os.path.expanduser(os.environ.get("MOCKER_HOME") or "~/mocker")
+HOME = os.path.abspath(os.path.expanduser(os.environ.get("MOCKER_HOME") or "~/mocker"))
 
 class lazily:
     """A module that is imported when it is first used: most commands use few of them, and a container starts fast."""
@@ -75,6 +75,8 @@ class story:
     script = None  # with --by-hand: what is told goes in there
     stepping = None  # with --step: the terminal from which Enter is read
 
+FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
+
 class MockerError(Exception):
     """What the user can mend, in one line: what is wrong, and what to do. 125 is docker's own status."""
 
@@ -88,10 +90,12 @@ def check(holds, message, status=125):
 
 @contextlib.contextmanager
 def explained(kinds, message):
-    """An expected failure becomes a MockerError; {} in the message is the reason."""
+    """An expected failure becomes a MockerError; {} in the message is the reason. A full disk stays one."""
     try:
         yield
     except kinds as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         reason = re.sub(r"^\[Errno \d+\] ", "", str(error))[:150] or type(error).__name__
         raise MockerError(message.replace("{}", reason), number=getattr(error, "errno", 0)) from None
 
@@ -125,7 +129,7 @@ def tell(command, wraps=False, by_hand=None):
         story.script.add(command if by_hand is None else by_hand, wraps)
 
 def prove(question, answer):
-    """What the kernel says, now; `question` is the command that asks the same."""
+    """What the kernel, or a registry, says now; of the kernel, `question` is the command that asks the same."""
     if story.level >= EXPLAIN:
         for line in [f"  ? {question}"] + [f"  = {line}" for line in answer.splitlines()]:
             write_line(line, "proof")
@@ -156,7 +160,7 @@ def narrate(heading, text=""):
     if story.stepping is not None:
         os.write(story.stepping, b"  [Enter goes on, q ends] ")
         answer = os.read(story.stepping, 100).strip().lower()
-        check(answer != b"q", "ended at your word; nothing is left behind", status=0)
+        check(answer != b"q", "ended at your word; what was done is undone", status=0)
 
 def set_story(arguments):
     """-q, --explain, --step; colours unless NO_COLOR is set or stderr is no terminal."""
@@ -219,7 +223,7 @@ DOCKER_HUB = "docker.io"
 INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
 MANIFEST_LIMIT = 4 << 20  # bytes, as Docker's
-TIMEOUT = (10, int(os.environ.get("MOCKER_TIMEOUT", 30)))  # seconds to connect, seconds of silence
+TIMEOUT = 10, 30  # seconds to connect, seconds of silence, or $MOCKER_TIMEOUT
 ATTEMPTS = 4
 # A machine's platform, in the names of the specs, which are Go's.
 PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
@@ -318,7 +322,8 @@ class Registry:
         check(asked.scheme in ("https", url.urlsplit(self.base).scheme),
               f"{self.base} sends to {asked.scheme}://{host}: only https is followed")
         proxies = {} if re.fullmatch(LOOPBACK, host) else requests.utils.get_environ_proxies(address)
-        response = self.session.request(method, address, headers=headers, proxies=proxies, timeout=TIMEOUT,
+        response = self.session.request(method, address, headers=headers, proxies=proxies,
+                                        timeout=(TIMEOUT[0], setting("MOCKER_TIMEOUT", TIMEOUT[1])),
                                         allow_redirects=False, stream=True)
         shown = [part for part in asked.query.split("&") if re.match("(service|scope)=", part)]  # never a signature
         query = "?" + "&".join(shown or ["…"]) if asked.query else ""
@@ -359,6 +364,12 @@ class Registry:
         with contextlib.suppress(ValueError, IndexError):
             prove("the token's claims, decoded", base64.urlsafe_b64decode(token.split(".")[1] + "==").decode())
         return f"Bearer {token}"
+
+def setting(variable, default):
+    """A number from the environment."""
+    text = os.environ.get(variable) or str(default)
+    check(re.fullmatch("[0-9]{1,18}", text), f"invalid {variable} '{text[:50]}': write a number")
+    return int(text)
 
 def root_cause(error):
     """The innermost reason in a chain of libraries' errors, in a few words."""
@@ -540,7 +551,7 @@ def fetch_blob(registry, blob, partial):
 #
 #  All is made elsewhere and appears by rename(2): there is never half of anything.
 
-LAYER_LIMIT = int(os.environ.get("MOCKER_LAYER_LIMIT", 10 << 30))  # bytes that one layer may unpack to
+LAYER_LIMIT = 10 << 30  # bytes that one layer may unpack to, or $MOCKER_LAYER_LIMIT
 
 def store(*parts):
     return os.path.join(HOME, *parts)
@@ -617,8 +628,9 @@ def partial_directory():
 def remove_tree(path):
     """By rm(1): a deep tree exhausts shutil.rmtree, and all that is needed to capture output takes time to import."""
     command = ["rm", "-rf", path]
-    os.waitpid(os.posix_spawnp("rm", command, os.environ), 0)
-    tell(shlex.join(command))
+    with contextlib.suppress(FileNotFoundError):  # a PATH without rm
+        os.waitpid(os.posix_spawnp("rm", command, os.environ), 0)
+        tell(shlex.join(command))
 
 def chain_ids(diff_ids):
     """diff_ids from the bottom up → names for the unpacked layers (OCI image-spec, "Layer ChainID").
@@ -646,12 +658,16 @@ class Image:
     @functools.cached_property
     def config(self):
         raw = read_blob(self.manifest["config"]["digest"])
-        check(raw is not None, f"{self.name} has lost its config: mocker pull {self.name}")
+        check(raw is not None, f"{self.name} has lost its config: mocker pull {full_name(self.stored)}")
         return parse_json(raw, CONFIG, f"{self.name}'s config")
 
     @property
     def layers(self):
         return [layer_path(chain_id) for chain_id in chain_ids(self.config["rootfs"]["diff_ids"])]
+
+def full_name(stored):
+    """library/tomcat:9, or library/tomcat@sha256:…"""
+    return f"{stored['name']}{'@' if ':' in stored['version'] else ':'}{stored['version']}"
 
 def all_images():
     files = os.listdir(HOME) if os.path.isdir(HOME) else []
@@ -696,12 +712,11 @@ def read_ahead(pieces, thread):
 def checked(pieces, diff_id):
     """The same pieces, of a layer's tar; bounded, and at their end checked against the diff_id."""
     algorithm, _, wanted = diff_id.partition(":")
-    found, total = hashlib.new(algorithm), 0
+    found, total, limit = hashlib.new(algorithm), 0, setting("MOCKER_LAYER_LIMIT", LAYER_LIMIT)
     for piece in pieces:
         found.update(piece)
         total += len(piece)
-        check(total <= LAYER_LIMIT, f"a layer unpacks to more than {LAYER_LIMIT} bytes: if you trust it, "
-              "raise MOCKER_LAYER_LIMIT")
+        check(total <= limit, f"a layer unpacks to more than {limit} bytes: if you trust it, raise MOCKER_LAYER_LIMIT")
         yield piece
     check(found.hexdigest() == wanted, f"a layer does not unpack to its diff_id {diff_id[:19]}…: damaged, or forged")
     if not total:
@@ -765,7 +780,7 @@ class Unpacker:
             self.place(member, rooted(member.name))
         # tarfile takes a damaged header for the end, which is two blocks of zeros.
         check(not (file.last + file.read(512)).strip(b"\0"), "a layer has a damaged header: pull again")
-        file.seek(LAYER_LIMIT)  # to the real end, where the diff_id is checked
+        file.seek(sys.maxsize)  # to the real end, where the diff_id is checked
         for path, stamp in self.times.items():
             os.utime(path, ns=(stamp, stamp))
 
@@ -894,7 +909,7 @@ def damage_explained():
     try:
         yield
     except Exception as error:
-        if isinstance(error, MockerError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, (MockerError, ImportError)) or getattr(error, "errno", None) in FULL:
             raise
         reason = str(error)[:100] or type(error).__name__
         raise MockerError(f"a layer is damaged, or no tar ({reason}): pull again, or tell who made it") from None
@@ -967,7 +982,7 @@ def fetch_layers(registry, layers, diff_ids, partial):
 
 def pull_image(reference, platform=None):
     """From a name to a stored image: manifest, config, layers. → Image"""
-    say(f"Fetching manifest for {str(reference).replace('library/', '', reference.host == DOCKER_HUB)}...")
+    say(f"Fetching manifest for {str(reference).removeprefix('library/')}...")
     registry = Registry(reference)
     with partial_directory() as partial:
         found = find_manifest(registry, platform or PLATFORMS[os.uname().machine])
@@ -984,8 +999,8 @@ def write_index(images):
     write_file(store("oci-layout"), {"imageLayoutVersion": "1.0.0"})
     manifests = []
     for image in images.values():
-        name = f"{image['name']}{'@' if ':' in image['version'] else ':'}{image['version']}"
-        manifests.append({**oci_manifest(image), "annotations": {"org.opencontainers.image.ref.name": name}})
+        annotations = {"org.opencontainers.image.ref.name": full_name(image)}
+        manifests.append({**oci_manifest(image), "annotations": annotations})
     write_file(store("index.json"), {"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": manifests})
 
 def oci_manifest(image):
@@ -1033,11 +1048,14 @@ def images(arguments):
     print(tabulate.tabulate(rows, headers=("name", "version", "size", "file"), tablefmt="pretty", stralign="left"))
 
 def verify(arguments):
-    """Check every image again: each blob against its digest, each layer against its diff_id.
+    """Check every image again: each blob against its digest, what it unpacks to against its diff_id.
+
+    What was unpacked is not compared, only looked for. `rm -r ~/mocker/layers` and a pull unpack it all again.
 
     Usage:
       mocker verify
     """
+    need_root("verify")
     status = 0
     for image in all_images():
         try:
@@ -1049,7 +1067,7 @@ def verify(arguments):
                 os.listdir(layer)
             print(f"ok       {image.name}:{image.version}")
         except (MockerError, FileNotFoundError) as error:
-            print(f"DAMAGED  {image.name}:{image.version}: {error}: remove it, and mocker pull {image.name}")
+            print(f"DAMAGED  {image.name}:{image.version}: {error}: mocker pull {full_name(image.stored)}")
             status = 1
     return status
 
@@ -1081,9 +1099,8 @@ AT_FDCWD = -100
 OPEN_TREE_CLONE = 0x1  # open_tree(2): a copy of a mount, attached nowhere yet
 AT_RECURSIVE = 0x8000  # with what is mounted below it
 AT_EMPTY_PATH = 0x1000  # the descriptor itself is meant
-MOUNT_ATTR_RDONLY = 0x1  # mount_setattr(2)
 MOVE_MOUNT_F_EMPTY_PATH = 0x4  # move_mount(2): the descriptor itself is what moves
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, SECCOMP_MODE_FILTER = 1, 22, 24, 2
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, SECCOMP_MODE_FILTER = 1, 22, 24, 36, 2
 # The C library wraps no pivot_root(2), and an older one not the other three. (name: x86_64, aarch64)
 SYSTEM_CALLS = {"pivot_root": (155, 41), "open_tree": (428, 428), "move_mount": (429, 429), "mount_setattr": (442, 442)}
 
@@ -1140,24 +1157,27 @@ def coming_back(kind):
         os.close(handle)
 
 def seal_interpreter(argv):
-    """Start again from a read-only view of Python's own program file.
+    """Start again from a copy of Python's own program file that nobody can write to.
 
     Until it becomes the image's program, /proc/self/exe of the container's first process is the host's
     Python; an image whose program is that link would get hold of the file (CVE-2019-5736; runc works
     on a copy of itself). And as a module this file is compiled only once, which makes up for the time.
     """
-    if not os.statvfs("/proc/self/exe").f_flag & os.ST_RDONLY:
-        with contextlib.suppress(MockerError):  # before Linux 5.12, or without the right: need_root will tell
-            handle = call("open_tree", AT_FDCWD, os.path.realpath("/proc/self/exe"), OPEN_TREE_CLONE | os.O_CLOEXEC)
-            call("mount_setattr", handle, "", AT_EMPTY_PATH, struct.pack("4Q", MOUNT_ATTR_RDONLY, 0, 0, 0), 32)
-            with open(__file__) as file:
-                code = file.readline().split('"')[1]  # as the first line starts it
-            os.execv(f"/proc/self/fd/{handle}", [sys.executable, "-c", code, __file__, *argv])
+    if not os.readlink("/proc/self/exe").startswith("/memfd:"):
+        copy = os.memfd_create("python", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with open("/proc/self/exe", "rb") as file:
+            while os.sendfile(copy, file.fileno(), None, 1 << 30):
+                pass
+        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        with open(__file__) as file:
+            code = file.readline().split('"')[1]  # as the first line starts it
+        with contextlib.suppress(PermissionError):  # where vm.memfd_noexec forbids it
+            os.execv(f"/proc/self/fd/{copy}", [sys.executable, "-c", code, __file__, *argv])
 
 def die_with(parent):
     """Be killed when our parent dies, however it dies (man 2 PR_SET_PDEATHSIG); at once if it has."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() not in (parent, 0):  # 0: it is outside our pid namespace
+    if os.getppid() not in (parent, 0):  # 0: it is outside our pid namespace, where we can't see whether it lives
         os._exit(1)
 
 def make_directory(path, journal=None):
@@ -1306,7 +1326,7 @@ def leave_namespaces(container):
 
     mount: a mount table of its own. uts: a host name. ipc: message queues and shared memory.
     cgroup: its own cgroup looks like the root. pid came with the fork: this process is number 1.
-    Only user is missing, as in Docker: root in here is root out there, held by what follows.
+    user and time are missing, as in Docker: root in here is root out there, held by what follows.
     See man 7 namespaces. Look: lsns; ls -l /proc/PID/ns
     """
     kinds = [kind for kind in ("mount", "uts", "ipc", "cgroup") if kind in container.parts]
@@ -1330,7 +1350,8 @@ def mount_root(container):
     mount_overlay(container.image.layers[::-1], container.directory)
     if "overlay" not in container.parts:
         say("without overlay, all of the image is copied first")
-        run_tool(["cp", "-a", "../rootfs", "../copy"])
+        copied = run_tool(["cp", "-a", "../rootfs", "../copy"])
+        check(copied is not None, "the image can't be copied: is the disk full?")
         unmount("../rootfs")
         mount("../copy", "../rootfs", "", "bind,nodev")
     tell("cd ../rootfs")
@@ -1359,10 +1380,16 @@ def take_along(container):
     its three files of /etc are picked up now, as copies of their mounts.
     See man 2 open_tree.
     """
-    parcels = [(f"{container.directory}/{name}", f"/etc/{name}", container.read_only) for name in ETC_FILES]
-    copy = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
-    return [(call("open_tree", AT_FDCWD, source, copy, what=source), source, *rest)
-            for source, *rest in parcels + container.volumes]
+    etc = [(f"{container.directory}/{name}", f"/etc/{name}", container.read_only) for name in ETC_FILES]
+    parcels = []
+    outer_first = sorted(etc + container.volumes, key=lambda row: os.path.normpath(row[1]).count("/"))
+    for source, target, read_only in outer_first:
+        handle = call("open_tree", AT_FDCWD, source, OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC, what=source)
+        flags = MOUNT_FLAGS["nodev"] + MOUNT_FLAGS["ro"] * read_only  # mount_setattr has the same numbers
+        with contextlib.suppress(MockerError):  # before Linux 5.12 only the topmost mount gets them, later on
+            call("mount_setattr", handle, "", AT_EMPTY_PATH | AT_RECURSIVE, struct.pack("4Q", flags, 0, 0, 0), 32)
+        parcels.append((handle, source, target, read_only))
+    return parcels
 
 @step()
 def enter_root(container):
@@ -1398,12 +1425,12 @@ def pivot_by_hand(container):
 
 @step()
 def mount_kernel_filesystems(container):
-    """/proc, /sys and /dev, as programs expect them
+    """/sys and /dev, as programs expect them
 
-    A new procfs shows the processes of this pid namespace, a new sysfs the interfaces of this
-    network namespace. /dev is a small tmpfs, with nodes of its own. All mounts are nodev, but for
-    these nodes: each is bound onto itself before /dev becomes nodev, so no other can be opened.
-    See man 5 proc, man 5 sysfs, OCI runtime-spec config-linux.md. Look: mount, in the container
+    A new sysfs shows the interfaces of this network namespace. /dev is a small tmpfs, with nodes of
+    its own. Where a container can make a node, a mount is nodev; these nodes are bound onto
+    themselves, one by one, before /dev becomes so.
+    See man 5 sysfs, OCI runtime-spec config-linux.md. Look: mount, in the container
     """
     shown = HARMLESS + ",ro" * (not container.privileged)
     mount_at("tmpfs", "dev", "tmpfs", "nosuid,strictatime,mode=755,size=65536k")
@@ -1450,8 +1477,17 @@ def unpack_parcels(container, parcels):
         call("move_mount", handle, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH, what=target)
         tell(shlex.join(["mount", "--rbind", source, target]))
         os.close(handle)
-        mount("none", target, "", "remount,bind,nodev" + ",ro" * read_only)
-    # Last: while parcels are open, /proc/self/fd would lead a symlink of the image to them.
+        flags = os.statvfs(target).f_flag | MOUNT_FLAGS["ro"] * read_only  # those of the host's mount stay
+        kept = [word for word in ("ro", "nosuid", "noexec") if flags & MOUNT_FLAGS[word]]
+        mount("none", target, "", ",".join(["remount", "bind", "nodev", *kept]))
+
+@step()
+def mount_proc(container):
+    """/proc: the processes of this pid namespace
+
+    Only now: while what was picked up was still open, /proc/self/fd could have led a symlink of the image to it.
+    See man 5 proc. Look: ps, in the container
+    """
     mount_at("proc", "proc", "proc", HARMLESS)
 
 @step("mask")
@@ -1462,8 +1498,6 @@ def mask_paths(container):
     What could change the machine is bound over itself read-only; what tells too much is covered.
     See OCI runtime-spec config-linux.md, "Masked Paths".
     """
-    if container.privileged:
-        return
     for path in filter(os.path.exists, READ_ONLY):
         mount(path, path, "", f"rbind,ro,{HARMLESS}")
     for path in filter(os.path.exists, MASKED):
@@ -1553,8 +1587,6 @@ def create_network(container, undo):
     machine's address.
     See man 7 network_namespaces, man 4 veth. Look: ip netns; ip -n NAME address; bridge link
     """
-    if container.network != "bridge":
-        return
     with locked(JOURNALS):
         subnet = create_bridge()
         taken = " ".join(read_kernel_file(f"{JOURNALS}/{other}") for other in container_ids())
@@ -1652,7 +1684,7 @@ def create_bridge():
     return subnet
 
 def delete_network(id, address):
-    """Its namespace, its wire; from here on its address is free."""
+    """Its namespace, its wire; its address is free once nothing of it is left in a journal."""
     if container_ids() != [id] and f"veth0_{id}" in read_interfaces():  # the last one's goes with the bridge
         ask_kernel(f"ip link delete veth0_{id}", DELETE_LINK, {}, IFLA_IFNAME=f"veth0_{id}")
     if os.path.exists(f"{NETNS}/mocker_{id}"):
@@ -1842,8 +1874,8 @@ def join_cgroup(container):
     """Join the cgroup, while /sys/fs/cgroup is still in sight
 
     A process is moved by writing its number into cgroup.procs; 0 is whoever writes. All that it
-    forks later is born in there. (v1's tasks moves one thread, which is all we have, just forked; to
-    move a process, v1 would wait until nobody on the machine forks.)
+    forks later is born in there. (In v1, tasks moves one thread, which is all that we have, and need
+    not wait, as cgroup.procs does, until nobody on the machine forks.)
     See man 7 cgroups. Look: cat /proc/PID/cgroup
     """
     for directory in container.cgroups:
@@ -1868,11 +1900,13 @@ def mount_cgroups(container, shown):
 def delete_cgroup(directory):
     """End what is still in it, and remove it. The kernel may need a moment to let the dead go; it gets five seconds."""
     for _ in range(1000):
-        attempt("write_kernel_file", f"{directory}/memory.force_empty", 0)  # v1 keeps a group for its cached pages
-        attempt("remove_directory", directory)
+        for group, *_ in os.walk(directory, topdown=False):  # a privileged container may have made some in its own
+            attempt("write_kernel_file", f"{group}/memory.force_empty", 0)  # v1 keeps a group for its cached pages
+            attempt("remove_directory", group)
+            if os.path.isdir(group):
+                end_members(group)
         if not os.path.isdir(directory):
             return
-        end_members(directory)
         time.sleep(0.005)
     raise MockerError(f"{directory} is still in use")
 
@@ -1984,7 +2018,8 @@ def drop_capabilities(container):
     """Capabilities: root, but not the machine's root
 
     Root inside is root outside, too. So its power is cut down to 14 capabilities of about 40, and
-    for good: what is dropped from the bounding set can't come back through any program.
+    for good: what is dropped from the bounding set can't come back through any program. What this
+    process itself has in effect it needs a little longer, and gives up with the user.
     See man 7 capabilities. Look: grep Cap /proc/PID/status; capsh --decode=…
     """
     dropped = [name for name in capabilities_of("CapBnd") if name not in container.capabilities]
@@ -1998,11 +2033,11 @@ def filter_system_calls(container):
 
     Every system call is a door into the one kernel that all containers share. A small program,
     run by the kernel before each call, keeps some of them shut: mounts, modules, clocks, keys, and
-    calls so rare that they mainly have bugs.
+    calls so rare that they mainly have bugs. Whoever may do without no_new_privs, which would make
+    `su` useless in there, installs one as root: so this comes before the user.
     See man 2 seccomp. Look: grep Seccomp /proc/PID/status
     """
-    if not container.privileged:
-        install_filter(seccomp_filter(container.capabilities if "caps" in container.parts else CAPABILITIES))
+    install_filter(seccomp_filter(container.capabilities if "caps" in container.parts else CAPABILITIES))
 
 def install_filter(program):
     """prctl(PR_SET_SECCOMP): from here on, for this process and all that it starts."""
@@ -2125,7 +2160,8 @@ def perform(container):
     with held_journal(container.id) as undo:
         create_container(container, undo)
         create_cgroup(container, undo)
-        create_network(container, undo)
+        if container.network != "none":
+            create_network(container, undo)
         write_etc(container)
         start(container)
         status = attend(container)
@@ -2180,6 +2216,7 @@ def inside(container):
     enter_root(container)
     mount_kernel_filesystems(container)
     unpack_parcels(container, parcels)
+    mount_proc(container)
     open_streams(container)
     mask_paths(container)
     enter_working_directory(container)
@@ -2248,7 +2285,7 @@ class Container:
         config, self.image = image.config.get("config") or {}, image
         self.id = os.urandom(4).hex()
         self.directory = store("containers", self.id)
-        self.parts = choose_parts(given["--without"], given["--only"])
+        self.parts = choose_parts(given)
         self.name, self.hostname = given["--name"] or self.id, given["--hostname"] or self.id
         self.terminal = given["--tty"]
         # With -i, whatever it is; without, a pipe or a file is passed on, and a terminal left alone.
@@ -2269,12 +2306,17 @@ class Container:
         self.user = given["--user"] or config.get("User") or ""
         self.working_directory = given["--workdir"] or parse("--workdir", config.get("WorkingDir") or "/")
 
-def choose_parts(without, only):
+def choose_parts(given):
     """--without=net,pid: all other parts; --only=net,pid: none but these; chroot is what then remains."""
-    parts = {*PARTS} - set(without or ()) if only is None else set(only)
+    parts = {*PARTS} - set(given["--without"] or ()) if given["--only"] is None else set(given["--only"])
+    if given["--privileged"]:
+        parts -= {"mask", "seccomp"}
+    if given["--network"] == "host":
+        parts -= {"net"}
     if "pivot_root" in parts and "mount" not in parts:
         say("without a mount namespace, pivot_root would move this machine's own root: chroot instead")
-    return parts - (set() if "mount" in parts else {"pivot_root"})
+        parts -= {"pivot_root"}
+    return parts
 
 def find_image(name):
     """The stored image of that name; pulled if there is none."""
@@ -2334,8 +2376,8 @@ def all_containers():
     return found
 
 def delete_directory(directory):
-    # If something is still mounted there, volumes would be emptied.
-    if f" {os.path.realpath(directory)}/" not in read_kernel_file("/proc/self/mountinfo"):
+    # If something is still mounted there, volumes would be emptied. (There a blank is \040.)
+    if f" {os.path.realpath(directory)}/" not in read_kernel_file("/proc/self/mountinfo").replace(r"\040", " "):
         remove_tree(directory)
         attempt("remove_directory", os.path.dirname(directory))
 
@@ -2356,6 +2398,7 @@ def start(container):
             unshare("pid")
         else:
             tell("fork", wraps=True, by_hand="env")
+            call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # for end_others
         mocker, container.pid = os.getpid(), os.fork()
         if container.pid == 0:
             go_inside(container, inner, mocker)
@@ -2402,12 +2445,12 @@ def open_streams(container):
         (stdout, out), (stderr, err), (keys, stdin) = os.pipe(), os.pipe(), os.pipe()
         nothing = os.open("/dev/null", os.O_RDWR)  # the container's own, not the host's
         inner, outer = [keys if container.takes_stdin else nothing, out, err], [stdin, stdout, stderr]
-    socket.send_fds(container.wire, [b"streams"], outer)
+    rights = struct.pack(f"{len(outer)}i", *outer)
+    container.wire.sendmsg([b"streams"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     for number, stream in enumerate(inner):
         os.dup2(stream, number)
     for descriptor in set(outer):
         os.close(descriptor)
-    container.wire.close()
 
 def enter_working_directory(container):
     """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else."""
@@ -2439,6 +2482,7 @@ def execute(container):
         if story.script:
             os.stat(places[0])  # if it isn't there, execve(2) would say so
             story.script.end_with(program_by_hand(container))
+            container.wire.close()
             return write_all(1, story.script.encoded())
         say(f'Running "{" ".join(container.arguments)}"')
         for variable, value in container.environment.items():
@@ -2457,31 +2501,41 @@ def attend(container):
     try:
         write_config(container, "running")
         streams = socket.recv_fds(container.wire, 10, 3)[1]  # none, if it failed before it made them
-        terminal = streams[1] if container.terminal and streams else None
+        terminal, copies = streams[1] if container.terminal and streams else None, open_copies(container)
+        copy_window_size(terminal)
+        container.wire.recv(1)  # its end: by exec, which closes it, the child has become the program; or it has failed
         with contextlib.ExitStack() as undo:
             if terminal and container.takes_stdin:  # keys go through as they are, Ctrl-C too: it interprets them
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
                 tty.setraw(0)
-            outputs = start_relays(container, streams)
+            outputs = start_relays(container, streams, copies)
             forward_signals(handle, terminal)
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
-            if "pid" not in container.parts:  # then its children are still there
-                for directory in container.cgroups:
-                    end_members(directory)
+            end_others(container)
             for thread in outputs:
                 thread.join()
     except BaseException:  # a fault or a signal: it must not go on without us
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL)
             os.waitpid(container.pid, 0)
+        end_others(container)
         raise
     status = status if status >= 0 else 128 - status
     write_config(container, "exited", exit_code=status)
     return status
 
-def start_relays(container, streams):
+def end_others(container):
+    """Without a pid namespace what it started is still there; what has lost its parent has become our child."""
+    if "pid" not in container.parts:
+        for directory in container.cgroups:
+            end_members(directory)
+        while orphans := read_kernel_file(f"/proc/self/task/{os.getpid()}/children").split():
+            for pid in map(int, orphans):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+def start_relays(container, streams, copies):
     """A thread for each direction. → those of the outputs: stdin may wait for a key forever."""
-    copies = open_copies(container)
     ways = [(source, target, copies) for source, target in zip(streams[1:], (1, 2))]
     ways += [(os.dup(0), target) for target in streams[:1] if container.takes_stdin]
     threads = [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
@@ -3026,19 +3080,20 @@ def dispatch(argv):
         if not function:
             raise docopt.DocoptExit
         # docopt takes no options after the first word that is none, so that `ls -l` can follow `run busybox`;
-        # the command's own name must not be that word. doctor must be able to say that docopt is missing.
+        # the command's own name must not be that word. (doctor must be able to say that docopt is missing.)
         plain = usage.replace(f"mocker {name}", "mocker")
         arguments = {} if argv == ["doctor"] else docopt.docopt(plain, words, False, options_first=function is run)
     except docopt.DocoptExit:
         print(usage[usage.index("Usage:") :].partition("\n\nTry")[0].strip(), file=sys.stderr)
         return 125 if argv else 1
-    set_story(arguments)
+    if function is not doctor:  # which must be able to say what it is that is missing
+        set_story(arguments)
     sweep()
     return function(arguments)
 
 def interrupted(number, frame):
     """Ctrl-C or SIGTERM before the container runs: undo what was done so far, then end."""
-    raise MockerError(f"stopped by {signal.Signals(number).name}; nothing is left behind", status=128 + number)
+    raise MockerError(f"stopped by {signal.Signals(number).name}; what was done is undone", status=128 + number)
 
 def guarded(function, *arguments):
     """What the user can mend becomes one line; what is a bug keeps its traceback. → exit status"""
@@ -3055,7 +3110,7 @@ def guarded(function, *arguments):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more at exit
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in (*FULL, errno.EROFS):
             raise
         write_line(f"mocker: {error.strerror}: {error.filename or HOME}: make room, or move MOCKER_HOME", "error")
     return 125

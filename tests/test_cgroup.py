@@ -57,6 +57,14 @@ def test_the_groups_go_with_the_container(run, store):
     assert not [path for path in Path("/sys/fs/cgroup").glob("**/*") if any(id in path.name for id in ids)]
 
 
+def test_groups_that_a_privileged_container_made_go_too(run):
+    folder = "/sys/fs/cgroup/deep/er" if V2 else "/sys/fs/cgroup/pids/deep/er"
+    script = f"mkdir -p {folder} && echo $$ >{folder}/cgroup.procs; exit 7"
+    done = run("--rm", "--privileged", "busybox", "sh", "-c", script)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert not list(Path("/sys/fs/cgroup").glob("**/deep"))
+
+
 @pytest.mark.skipif(IN_UML, reason="this is the inside")
 @pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
 def test_all_of_it_on_other_cgroups(pulled):

@@ -185,6 +185,16 @@ def test_a_signal_in_the_middle_of_an_import(store):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_store_at_a_relative_path(store, tmp_path):
+    relative = {"MOCKER_HOME": os.path.relpath(store.home, tmp_path)}
+    done = store("run", "-q", "--rm", "busybox", "echo", "hi", env=relative, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hi\n", "")
+
+
+def test_a_setting_that_is_no_number(store):
+    one_line(store("pull", "-q", "127.0.0.1:1/x", env={"MOCKER_TIMEOUT": "1m"}), "MOCKER_TIMEOUT", "1m")
+
+
 # ---- in a row, and at once -----------------------------------------------------------------------
 
 

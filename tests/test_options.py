@@ -187,6 +187,29 @@ def test_what_is_mounted_below_a_volume_comes_along_and_stays_read_only(run, sha
         subprocess.run(["umount", shared / "below"], check=True)
 
 
+def test_what_the_host_has_forbidden_on_a_volume_stays_forbidden(run, shared):
+    """The mount's own options, as docker keeps them; and that no device opens, also on what is mounted below."""
+    (shared / "below").mkdir()
+    subprocess.run(["mount", "--bind", shared, shared], check=True)
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "mocker-below", shared / "below"], check=True)
+        os.mknod(shared / "below/node", 0o20666, os.makedev(1, 5))
+        subprocess.run(["mount", "-o", "remount,bind,ro,nosuid,noexec", shared], check=True)
+        script = "touch /data/x; grep -o ' /data [^ ]* ro,nosuid,nodev,noexec' /proc/mounts; head -c1 /data/below/node"
+        done = run("-v", f"{shared}:/data", "busybox", "sh", "-c", script)
+        assert done.stderr.count("Read-only file system") == 1 and done.stdout.startswith(" /data ")
+        assert "denied" in done.stderr.splitlines()[-1]
+    finally:
+        subprocess.run(["umount", "-R", shared], check=True)
+
+
+def test_a_volume_in_another_that_is_named_later(run, shared, tmp_path):
+    options = ["-v", f"{tmp_path}/inner:/data/inner", "-v", f"{shared}:/data", "-v", f"{tmp_path}/etc:/etc"]
+    done = run(*options, "busybox", "sh", "-c", "touch /data/inner/x; cat /data/file /etc/hostname")
+    assert done.stdout.startswith("of the host\n") and len(done.stdout.split()) == 4
+    assert (tmp_path / "inner/x").exists()
+
+
 def test_a_relative_volume_is_below_the_current_directory(run, shared):
     assert run("-v", "./shared:/data", "busybox", "cat", "/data/file", cwd=shared.parent).stdout == "of the host\n"
 

@@ -137,13 +137,13 @@ def test_no_terminal_at_all(run):
 class Screen:
     """A terminal of the test's own, with mocker in it as the foreground process."""
 
-    def __init__(self, store, *arguments, rows=33, columns=101):
+    def __init__(self, store, *arguments, rows=33, columns=101, quiet=True):
         self.master, self.slave = pty.openpty()
         self.resize(rows, columns)
         self.before = termios.tcgetattr(self.slave)
         self.said = ""
         self.process = subprocess.Popen(
-            store.command(["run", "-q", *arguments]),
+            store.command(["run", *["-q"] * quiet, *arguments]),
             **dict.fromkeys(("stdin", "stdout", "stderr"), self.slave),
             env=store.env,
             preexec_fn=self.take_terminal,
@@ -212,6 +212,13 @@ def test_a_terminal(screen):
     shell = screen("-it", "busybox", "sh", "-c", script)
     assert shell.end() == 9
     assert shell.said.split("\r\n")[:4] == ["/dev/pts/0", "33 101", "xterm", "three"]
+
+
+def test_the_terminal_is_mocker_s_until_the_program_runs(screen):
+    """Raw only then: before, a line that mocker tells would not return to the left, nor Enter reach --step."""
+    shell = screen("-it", "--explain", "busybox", "true", quiet=False)
+    assert shell.end() == 0
+    assert "Exec: become" in shell.said and "\n" not in shell.said.replace("\r\n", "")
 
 
 def test_a_dialogue_with_a_shell(screen):

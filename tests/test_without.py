@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def test_a_namespace_left_out_is_the_host_s(run, part):
 def test_only_these(run):
     seen = namespaces(run, "--only=uts,ipc")
     assert {part for part in KINDS if seen[part] != HOST[part]} == {"uts", "ipc"}
+
+
+@pytest.mark.parametrize("parts", ["--only=chroot", "--only=cgroup", "--without=pid"])
+@pytest.mark.parametrize("output", ["", ">/dev/null 2>&1"])
+def test_without_a_pid_namespace_nothing_is_left_either(run, parts, output):
+    """Not even what keeps mocker's pipe open, or has put itself into a session of its own."""
+    script = f"(setsid sleep 1234567 & sleep 1234567 &) {output}; echo done"
+    assert run("--rm", parts, "busybox", "sh", "-c", script, timeout=30).stdout == "done\n"
+    assert subprocess.run(["pgrep", "-f", "sleep 1234567"], stdout=subprocess.DEVNULL).returncode == 1
 
 
 @pytest.mark.parametrize("only", ["chroot", "cgroup"])
