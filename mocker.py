@@ -1,5 +1,5 @@
 #!/usr/bin/env -S python3 -c "import os,sys;sys.path[0]=os.path.realpath(sys.argv[1]+'/..');import mocker;mocker.main()"
-# (As a module, Python compiles this file once, and not at each start: that saves 60 ms of 100.)
+# (Started so, this file is a module, which Python compiles once, and not at each start: that saves 60 ms of 100.)
 """mocker: a crappy imitation of Docker, for teaching purposes.
 
 Usage:
@@ -46,7 +46,10 @@ __version__ = "1.0"
 HOME = os.path.abspath(os.path.expanduser(os.environ.get("MOCKER_HOME") or "~/mocker"))
 
 class lazily:
-    """A module that is imported when it is first used: most commands use few of them, and a container starts fast."""
+    """A module that is imported when it is first used: most commands use few of them, and a container starts fast.
+
+    In an image's root none can be: what is used there (confined, enter_root) has to be in use before.
+    """
 
     def __init__(self, name):
         self.name = name
@@ -179,6 +182,11 @@ class Script:
 
     After what wraps comes a shell, which reads the rest from a here-document. Without the old root
     there is no /dev/fd, and soon no shell: what wraps then is chained before the program.
+
+    unshare --mount --uts sh -e /dev/fd/3 3<<'INSIDE_0_1a2b3c4d' || status=$?
+    mount …
+    exec setpriv … unshare --root=. … -- /bin/sh 3<&-
+    INSIDE_0_1a2b3c4d
     """
 
     def __init__(self, header, id):
@@ -474,7 +482,7 @@ def choose_platform(index, wanted, what):
         if not name.startswith("unknown"):
             there.setdefault(re.sub("arm64$", "arm64/v8", name), entry["digest"])
     older = [re.sub("v[67]$", f"v{n}", wanted) for n in (6, 5) if wanted.startswith("linux/arm/")]
-    for name in (re.sub("arm64$", "arm64/v8", wanted), *older, ""):
+    for name in (re.sub("arm64$", "arm64/v8", wanted), *older, ""):  # the last is an entry without a platform
         if name in there:
             prove(f"the index's platforms: {', '.join(there)}; chosen", name)
             return there[name]
@@ -588,9 +596,9 @@ def write_file(path, content):
         os.rename(file.name, path)
         undo.pop_all()
 
-def need_disk():
-    """Layers need whiteouts, and an overlay keeps those for itself; but what else is / inside docker? And a
-    store has setuid programs and device nodes of images, which are for nobody on this machine."""
+def open_store():
+    """Its directories, for root alone, since images have setuid programs. Layers need whiteouts, which an overlay
+    keeps for itself; but what else is / inside docker?"""
     os.makedirs(HOME, exist_ok=True)
     try:
         os.mknod(store(f"{os.getpid()}.probe"), stat.S_IFCHR, 0)  # as overlayfs marks a whiteout
@@ -1031,7 +1039,7 @@ def pull(arguments):
       127.0.0.1:5000/team/app:1.2   name@sha256:…
     """
     need_root("pull")
-    need_disk()
+    open_store()
     platform = arguments["--platform"]
     check(not platform or re.fullmatch(r"\w+/\w+(/\w+)?", platform),
           f"invalid platform '{platform}': write os/architecture, as in linux/arm64 or linux/arm/v7")
@@ -1307,6 +1315,8 @@ def attempt(name, *arguments):
 #  containers/<id>/lower/0, 1, …   links to the image's layers, from the top down
 #  containers/<id>/upper           what the container writes; work is overlayfs' own
 #  containers/<id>/rootfs          where they are seen as one tree
+#
+#  From here on, `container` is what is to be run, and what was made for it so far (class Container, in "run").
 
 DEVICES = ["null", "zero", "full", "random", "urandom", "tty"]
 LINKS = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}  # to /proc/self/fd
@@ -1501,7 +1511,10 @@ def mask_paths(container):
     for path in filter(os.path.exists, READ_ONLY):
         mount(path, path, "", f"rbind,ro,{HARMLESS}")
     for path in filter(os.path.exists, MASKED):
-        mount(*("tmpfs", path, "tmpfs", "ro") if os.path.isdir(path) else ("dev/null", path, "", "bind"))
+        if os.path.isdir(path):
+            mount("tmpfs", path, "tmpfs", "ro")
+        else:
+            mount("dev/null", path, "", "bind")
 
 def copy_metadata(source, target):
     """Owner, mode, times and xattrs, but for overlayfs' own."""
@@ -1535,7 +1548,7 @@ def write_etc(container):
 #   the host                                         the container
 #   eth0 ── NAT ── mocker0 10.0.0.1 ── veth0_1a2b3c4d ═══ veth1 10.0.0.3, default via 10.0.0.1
 
-BRIDGE, GROUP = "mocker0", 10003  # the group of links that all of ours are in
+BRIDGE, GROUP = "mocker0", 10003  # all our links are in that group, so that one request can delete them at once
 MAC = "02:42:0a:00:00:01"  # the bridge's own: else it takes one of its ports', and changes it when that port goes
 SUBNETS = ["10.0.0"] + [f"10.0.{n}" for n in range(1, 8)] + [f"172.30.{n}" for n in range(8)] + ["192.168.213"]
 NETNS = "/run/netns"  # where ip-netns(8) finds namespaces by name
@@ -2148,7 +2161,7 @@ def run(arguments):
       caps,seccomp,mask,user, to see what each is for; --only=chroot is none.
     """
     need_root("run")
-    need_disk()
+    open_store()
     given = {**arguments, **{option: parse(option, arguments[option]) for option in FORMS if arguments[option]}}
     has_keys = os.isatty(0) or not (given["--tty"] and given["--interactive"])
     check(has_keys, "the input device is not a TTY: leave out -t")
@@ -2188,8 +2201,9 @@ def rehearse(container):
 
     The child adds what makes the container and writes that to its stdout, here a file; the end is ours.
     """
-    missing = sorted({"SETUID", "SETGID", "SYS_CHROOT"} - {*container.capabilities}) * ("caps" in container.parts)
-    check(not missing, f"--by-hand needs {', '.join(missing)} to the last, for setpriv(1) and unshare(1): keep them")
+    missing = sorted({"SETUID", "SETGID", "SYS_CHROOT"} - {*container.capabilities})
+    check(not missing or "caps" not in container.parts,
+          f"--by-hand needs {', '.join(missing)} to the last, for setpriv(1) and unshare(1): keep them")
     for name in container.environment:
         check(not re.match(OBEYED, name), f"--by-hand: unshare(1) would obey {name}, too: leave it out with -e {name}")
     container.remove, container.terminal, container.takes_stdin = True, False, False
@@ -2391,7 +2405,7 @@ def start(container):
     namespace. When number 1 ends, the kernel ends all the others in there: nothing survives.
     See man 7 pid_namespaces. Look: ps -ef --forest
     """
-    container.wire, inner = socket.socketpair()
+    container.line, inner = socket.socketpair()
     signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # the child must not run our handlers
     with coming_back("pid_for_children"), inner:
         if "pid" in container.parts:
@@ -2406,7 +2420,7 @@ def start(container):
     if story.script:
         story.script = Script("\n# ■ The end\nset +e", container.id)  # the other is the child's
 
-def go_inside(container, wire, mocker):
+def go_inside(container, line, mocker):
     """The child's whole life; it never returns."""
     status = 125
     try:
@@ -2414,9 +2428,9 @@ def go_inside(container, wire, mocker):
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.setsid()
-        container.wire, story.output = wire, os.dup(story.output)
-        close_inherited({wire.fileno(), story.output, story.stepping})
+        os.setsid()  # so that it can have a terminal of its own
+        container.line, story.output = line, os.dup(story.output)
+        close_inherited({line.fileno(), story.output, story.stepping})
         status = guarded(inside, container)
     except BaseException:
         os.dup2(story.output, 2)  # our own 2 is the container's by now
@@ -2446,14 +2460,15 @@ def open_streams(container):
         nothing = os.open("/dev/null", os.O_RDWR)  # the container's own, not the host's
         inner, outer = [keys if container.takes_stdin else nothing, out, err], [stdin, stdout, stderr]
     rights = struct.pack(f"{len(outer)}i", *outer)
-    container.wire.sendmsg([b"streams"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    container.line.sendmsg([b"streams"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     for number, stream in enumerate(inner):
         os.dup2(stream, number)
     for descriptor in set(outer):
         os.close(descriptor)
 
 def enter_working_directory(container):
-    """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else."""
+    """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else. Then nothing
+    need be made any more, and the root becomes read-only, if it is to be."""
     make_directory("." + os.path.realpath(container.working_directory))
     if container.read_only:
         mount("none", ".", "", "remount,bind,nodev,ro")
@@ -2482,7 +2497,7 @@ def execute(container):
         if story.script:
             os.stat(places[0])  # if it isn't there, execve(2) would say so
             story.script.end_with(program_by_hand(container))
-            container.wire.close()
+            container.line.close()
             return write_all(1, story.script.encoded())
         say(f'Running "{" ".join(container.arguments)}"')
         for variable, value in container.environment.items():
@@ -2500,10 +2515,10 @@ def attend(container):
     handle = os.pidfd_open(container.pid)
     try:
         write_config(container, "running")
-        streams = socket.recv_fds(container.wire, 10, 3)[1]  # none, if it failed before it made them
+        streams = socket.recv_fds(container.line, 10, 3)[1]  # none, if it failed before it made them
         terminal, copies = streams[1] if container.terminal and streams else None, open_copies(container)
         copy_window_size(terminal)
-        container.wire.recv(1)  # its end: by exec, which closes it, the child has become the program; or it has failed
+        container.line.recv(1)  # its end: by exec, which closes it, the child has become the program; or it has failed
         with contextlib.ExitStack() as undo:
             if terminal and container.takes_stdin:  # keys go through as they are, Ctrl-C too: it interprets them
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
@@ -2768,7 +2783,7 @@ def try_namespaces():
     return "mount, uts, ipc, pid, net, cgroup"
 
 def try_overlay():
-    need_disk()
+    open_store()
     with partial_directory() as directory, explained(MockerError, "{}: modprobe overlay, or move MOCKER_HOME"):
         os.mkdir(f"{directory}/layer")
         mount_overlay([f"{directory}/layer"], directory)
