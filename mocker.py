@@ -39,6 +39,7 @@ import functools
 import gc
 import importlib.util
 import os
+import signal
 import stat
 import sys
 
@@ -55,12 +56,19 @@ class lazily:
         self.name = name
 
     def __getattr__(self, attribute):
-        return getattr(importlib.import_module(self.name), attribute)
+        if self.name not in sys.modules:
+            # A signal has to wait: what its handler raises may get lost in the midst of an import.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+            try:
+                importlib.import_module(self.name)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return getattr(sys.modules[self.name], attribute)
 
 base64, collections, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, logging, multiprocessing, re = map(lazily, (
     "base64 collections ctypes fcntl hashlib hmac io ipaddress json logging multiprocessing re".split()))
-select, shlex, shutil, signal, socket, struct, subprocess, tarfile, termios, textwrap, threading, time = map(lazily, (
-    "select shlex shutil signal socket struct subprocess tarfile termios textwrap threading time".split()))
+select, shlex, shutil, socket, struct, subprocess, tarfile, termios, textwrap, threading, time = map(lazily, (
+    "select shlex shutil socket struct subprocess tarfile termios textwrap threading time".split()))
 tty, zlib, futures, http_server, url, cgroups, colorama, docopt, requests, tabulate, urllib3 = map(lazily, (
     "tty zlib concurrent.futures http.server urllib.parse cgroups colorama docopt requests tabulate urllib3".split()))
 
@@ -86,6 +94,9 @@ class MockerError(Exception):
     def __init__(self, message, status=125, number=0):
         super().__init__(message)
         self.status, self.errno = status, number
+
+class Stopped(BaseException):
+    """By a signal. No part of mocker is to take it for a failure that it expects."""
 
 def check(holds, message, status=125):
     if not holds:
@@ -2742,8 +2753,6 @@ def doctor(arguments):
       mocker doctor
     """
     status, story.level = 0, QUIET
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, signal.SIG_DFL)  # else what stops us would look like one more finding
     trials = try_namespaces, try_overlay, try_firewall
     for look in (look_at_kernel, look_at_root, look_at_packages, *trials, look_at_cgroup, look_at_subnet,
                  look_for_leftovers, look_at_hub):
@@ -3108,7 +3117,7 @@ def dispatch(argv):
 
 def interrupted(number, frame):
     """Ctrl-C or SIGTERM before the container runs: undo what was done so far, then end."""
-    raise MockerError(f"stopped by {signal.Signals(number).name}; what was done is undone", status=128 + number)
+    raise Stopped(number)
 
 def guarded(function, *arguments):
     """What the user can mend becomes one line; what is a bug keeps its traceback. → exit status"""
@@ -3119,6 +3128,10 @@ def guarded(function, *arguments):
     except MockerError as error:
         write_line(f"mocker: {error}", "error")
         return error.status
+    except Stopped as error:
+        [number] = error.args
+        write_line(f"mocker: stopped by {signal.Signals(number).name}; what was done is undone", "error")
+        return 128 + number
     except ModuleNotFoundError as error:
         write_line(f"mocker: the Python package '{error.name}' is missing: pip install -r requirements.txt, "
                    "and run it with that Python", "error")
