@@ -56,7 +56,7 @@ class lazily:
         self.name = name
 
     def __getattr__(self, attribute):
-        if self.name not in sys.modules:
+        if sys.modules.get(self.name) is None:
             # A signal has to wait: what its handler raises may get lost in the midst of an import.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
             try:
