@@ -2057,8 +2057,8 @@ def filter_system_calls(container):
 
     Every system call is a door into the one kernel that all containers share. A small program,
     run by the kernel before each call, keeps some of them shut: mounts, modules, clocks, keys, and
-    calls so rare that they mainly have bugs. Whoever may do without no_new_privs, which would make
-    `su` useless in there, installs one as root: so this comes before the user.
+    calls so rare that they mainly have bugs. To install one takes root, or no_new_privs, which would
+    make `su` useless in there: so it comes before the user.
     See man 2 seccomp. Look: grep Seccomp /proc/PID/status
     """
     install_filter(seccomp_filter(container.capabilities if "caps" in container.parts else CAPABILITIES))
