@@ -2602,6 +2602,8 @@ def forward_signals(handle, terminal):
 
     def forward(number, frame):
         copy_window_size(terminal)
+        if number == signal.SIGHUP and terminal is not None:
+            hang_up(terminal)
         if number in (signal.SIGINT, signal.SIGTERM):
             urgent.append(number)
         with contextlib.suppress(ProcessLookupError):
@@ -2616,6 +2618,14 @@ def forwarded():
     """The signals that mean the container, not mocker."""
     return {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
             signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
+
+def hang_up(terminal):
+    """Ours is gone, so the container's goes too, and a shell in there finds its input at an end (man 2 vhangup)."""
+    TIOCGPTPEER, TIOCVHANGUP = 0x5441, 0x5437
+    with contextlib.suppress(OSError):
+        slave = fcntl.ioctl(terminal, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+        fcntl.ioctl(slave, TIOCVHANGUP)
+        os.close(slave)
 
 def copy_window_size(terminal):
     """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""

@@ -238,6 +238,16 @@ def test_end_of_file_on_the_terminal_ends_a_shell(screen):
     assert shell.end() == 0
 
 
+def test_a_window_that_is_closed_ends_a_shell(screen, store):
+    """As number 1 it ignores SIGHUP; but its terminal is gone, too."""
+    shell = screen("-it", "--rm", "busybox", "sh")
+    shell.see("# ")
+    os.close(shell.master)
+    shell.master = os.open(os.devnull, os.O_RDWR)
+    shell.process.wait(20)
+    assert not list(store.home.glob("containers/*"))
+
+
 def test_control_c_reaches_the_program_and_not_mocker(screen):
     script = "trap 'echo caught; exit 3' INT; echo ready; while :; do sleep 1; done"
     shell = screen("-it", "busybox", "sh", "-c", script)
