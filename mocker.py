@@ -273,7 +273,7 @@ class Reference:
         self.name = self.repository if self.host == DOCKER_HUB else f"{self.host}/{self.repository}"
 
     def __str__(self):
-        return f"{self.name}{'@' if self.digest else ':'}{self.version}"
+        return full_name(vars(self))
 
     @property
     def file(self):
@@ -1084,9 +1084,9 @@ def verify(arguments):
                 with damage_explained(), open(blob_path(blob["digest"]), "rb") as file:
                     collections.deque(checked(decompressed(file), diff_id), maxlen=0)  # only its check counts
                 os.listdir(layer)
-            print(f"ok       {image.name}:{image.version}")
+            print(f"ok       {full_name(image.stored)}")
         except (MockerError, FileNotFoundError) as error:
-            print(f"DAMAGED  {image.name}:{image.version}: {error}: mocker pull {full_name(image.stored)}")
+            print(f"DAMAGED  {full_name(image.stored)}: {error}: pull it again")
             status = 1
     return status
 
@@ -1180,7 +1180,7 @@ def seal_interpreter(argv):
 
     Until it becomes the image's program, /proc/self/exe of the container's first process is the host's
     Python; an image whose program is that link would get hold of the file (CVE-2019-5736; runc works
-    on a copy of itself). And as a module this file is compiled only once, which makes up for the time.
+    on a copy of itself).
     """
     if not os.readlink("/proc/self/exe").startswith("/memfd:"):
         copy = os.memfd_create("python", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -1239,7 +1239,7 @@ def read_kernel_file(path):
 def need_linux():
     machine = os.uname().machine
     check(sys.platform == "linux", "containers are made of Linux: on a Mac or Windows, "
-          "docker run --privileged -v mocker:/root/mocker -it python:3")
+          """docker run --privileged -it -v mocker:/root/mocker -v "$PWD":/it -w /it python:3 bash""")
     check(machine in ("x86_64", "aarch64"), f"mocker knows the system calls of x86_64 and aarch64, not of {machine}")
 
 def need_root(command):
@@ -1430,7 +1430,7 @@ def enter_root(container):
         call("pivot_root", ".", ".")
         call("umount2", ".", MNT_DETACH)
     os.chdir("/")
-    sys.meta_path = []  # an import would now run the image's own /usr/lib/python3
+    sys.meta_path = []  # as in confined
 
 def pivot_by_hand(container):
     """A script's tools lie in the old root, so it lets go of that only now. Till here its paths were relative."""
@@ -2366,6 +2366,7 @@ def environment(config, given, hostname, terminal):
     """Those of -e, then the image's others, over the defaults; a name without a value takes one away, as in docker."""
     given = {name: os.environ.get(name) if value is None else value for name, value in given}
     image, default = dict(parse("--env", config.get("Env") or [])), {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    # Those given stand twice: for their place, before the image's, and for their value, over the image's.
     variables = {**default, **({"TERM": "xterm"} if terminal else {}), **given, **image, **given}
     return {name: value for name, value in variables.items() if value is not None}
 
