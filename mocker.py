@@ -44,6 +44,7 @@ import stat
 import sys
 
 __version__ = "1.0"
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 HOME = os.path.abspath(os.path.expanduser(os.environ.get("MOCKER_HOME") or "~/mocker"))
 
 class lazily:
@@ -58,7 +59,7 @@ class lazily:
     def __getattr__(self, attribute):
         if sys.modules.get(self.name) is None:
             # A signal has to wait: what its handler raises may get lost in the midst of an import.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
             try:
                 importlib.import_module(self.name)
             finally:
@@ -938,7 +939,7 @@ def damage_explained():
 def be_worker(parent):
     """A process that downloads and unpacks; it ends with its parent, has no last words, and mounts for itself alone."""
     die_with(parent)
-    for stop in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+    for stop in STOPPING:
         signal.signal(stop, signal.SIG_DFL)
     unshare("mount")
 
@@ -2320,7 +2321,7 @@ class Container:
         self.volumes, self.ports = given["--volume"], given["--publish"]
         self.privileged, self.read_only, self.remove = given["--privileged"], given["--read-only"], given["--rm"]
         self.capabilities = choose_capabilities(given["--cap-add"], given["--cap-drop"], self.privileged)
-        self.address = self.gateway = self.pid = None
+        self.address = self.gateway = self.pid = self.console = None
         self.holders, self.cgroups, self.cgroup_version = set(), [], cgroup_version()
         names = [name for name in os.listdir("/dev") if name != "ptmx"] if self.privileged else DEVICES
         self.devices = {name: os.stat(f"/dev/{name}") for name in names
@@ -2389,7 +2390,7 @@ def create_container(container, undo):
 def write_config(container, status, **more):
     """config.json: what later commands need to know of it."""
     plain = {key: value for key, value in vars(container).items()
-             if isinstance(value, (str, int, list, dict, type(None))) and key != "devices"}
+             if isinstance(value, (str, int, list, dict, type(None))) and key not in ("devices", "console")}
     image = f"{container.image.name}:{container.image.version}"
     write_file(f"{container.directory}/config.json", {**plain, "image": image, "status": status, **more})
 
@@ -2418,7 +2419,7 @@ def start(container):
     See man 7 pid_namespaces. Look: ps -ef --forest
     """
     container.line, inner = socket.socketpair()
-    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # the child must not run our handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # until forward_signals; none is the child's
     with coming_back("pid_for_children"), inner:
         if "pid" in container.parts:
             unshare("pid")
@@ -2428,7 +2429,6 @@ def start(container):
         mocker, container.pid = os.getpid(), os.fork()
         if container.pid == 0:
             go_inside(container, inner, mocker)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded())
     if story.script:
         story.script = Script("\n# ■ The end\nset +e", container.id)  # the other is the child's
 
@@ -2526,17 +2526,18 @@ def attend(container):
     """Copy its output, pass signals on, wait. → exit status, 128+N for signal N."""
     handle = os.pidfd_open(container.pid)
     try:
+        forward_signals(container, handle)
         write_config(container, "running")
-        streams = socket.recv_fds(container.line, 10, 3)[1]  # none, if it failed before it made them
-        terminal, copies = streams[1] if container.terminal and streams else None, open_copies(container)
-        copy_window_size(terminal)
+        copies, streams = open_copies(container), socket.recv_fds(container.line, 10, 3)[1]
+        if container.terminal and streams:  # none, if it failed before it made them
+            container.console = streams[1]
+            copy_window_size(container)
         container.line.recv(1)  # its end: by exec, which closes it, the child has become the program; or it has failed
         with contextlib.ExitStack() as undo:
-            if terminal and container.takes_stdin:  # keys go through as they are, Ctrl-C too: it interprets them
+            if container.console and container.takes_stdin:  # it interprets the keys, Ctrl-C too
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
                 tty.setraw(0)
             outputs = start_relays(container, streams, copies)
-            forward_signals(handle, terminal)
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
             end_others(container)
             for thread in outputs:
@@ -2569,6 +2570,7 @@ def start_relays(container, streams, copies):
     signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # for the threads: signals are the main one's
     for thread in threads:
         thread.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded())
     return threads[: len(streams[1:])]
 
 def relay(source, target, copies=()):
@@ -2596,15 +2598,17 @@ def insist(function, stream, argument):
             readable, writable = ([stream], []) if function is os.read else ([], [stream])
             select.select(readable, writable, [])
 
-def forward_signals(handle, terminal):
-    """What reaches mocker goes on to number 1. That ignores what it has no handler for; the third
-    SIGINT or SIGTERM therefore is SIGKILL (man 7 pid_namespaces, "Signals")."""
+def forward_signals(container, handle):
+    """What reaches mocker goes on to number 1, once that is the program. It ignores what it has no handler for;
+    the third SIGINT or SIGTERM therefore is SIGKILL (man 7 pid_namespaces, "Signals")."""
     urgent = []
 
     def forward(number, frame):
-        copy_window_size(terminal)
-        if number == signal.SIGHUP and terminal is not None:
-            hang_up(terminal)
+        if number in STOPPING and not select.select([container.line], [], [], 0)[0]:
+            interrupted(number, frame)
+        copy_window_size(container)
+        if number == signal.SIGHUP:
+            hang_up(container)
         if number in (signal.SIGINT, signal.SIGTERM):
             urgent.append(number)
         with contextlib.suppress(ProcessLookupError):
@@ -2612,27 +2616,27 @@ def forward_signals(handle, terminal):
 
     for number in forwarded():
         signal.signal(number, forward)
-    copy_window_size(terminal)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded())
 
 def forwarded():
     """The signals that mean the container, not mocker."""
-    return {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
-            signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
+    return {*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
 
-def hang_up(terminal):
-    """Ours is gone, so the container's goes too, and a shell in there finds its input at an end (man 2 vhangup)."""
+def hang_up(container):
+    """Our terminal is gone, so the container's goes too, and a shell in there finds its input at an end
+    (man 2 vhangup)."""
     TIOCGPTPEER, TIOCVHANGUP = 0x5441, 0x5437
-    with contextlib.suppress(OSError):
-        slave = fcntl.ioctl(terminal, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
-        fcntl.ioctl(slave, TIOCVHANGUP)
-        os.close(slave)
-
-def copy_window_size(terminal):
-    """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""
-    if terminal is not None:
+    if container.console:
         with contextlib.suppress(OSError):
-            fcntl.ioctl(terminal, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8)))
+            slave = fcntl.ioctl(container.console, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+            fcntl.ioctl(slave, TIOCVHANGUP)
+            os.close(slave)
+
+def copy_window_size(container):
+    """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""
+    if container.console:
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(container.console, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8)))
 
 def open_copies(container):
     """Where output goes besides our own: the container's log, and /tmp/stdout, as ever.
@@ -3102,7 +3106,7 @@ COMMANDS = {command.__name__: command for command in (
 
 def dispatch(argv):
     """A command's docstring is its usage, for docopt as for you."""
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+    for number in STOPPING:
         signal.signal(number, interrupted)
     name, *words = argv or [""]
     function = COMMANDS.get(name)

@@ -2,8 +2,10 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -360,6 +362,27 @@ def test_a_program_that_has_no_handler_as_pid_1_ends_at_the_third(start):
         container.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
     assert container.process.wait(20) == 137
+
+
+def test_a_signal_is_passed_on_even_if_mocker_has_not_seen_the_exec(store):
+    """On a busy machine it learns of both at once; here it is stopped meanwhile."""
+    process = store.popen("run", "-q", "busybox", "sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.1; done")
+    pid = until(lambda: next((config["pid"] for config in configs(store) if config["pid"]), None))
+    process.send_signal(signal.SIGSTOP)
+    until(lambda: signal.SIGTERM in caught(pid) and signal.SIGHUP not in caught(pid))  # mocker's child has both
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(20) == 7, process.communicate()
+
+
+def configs(store):
+    return [json.loads(path.read_text()) for path in store.home.glob("containers/*/config.json")]
+
+
+def caught(pid):
+    """The signals that a process has a handler for."""
+    [bits] = re.findall(r"SigCgt:\s*(\w+)", host.content(f"/proc/{pid}/status")) or ["0"]
+    return {number for number in signal.valid_signals() if int(bits, 16) >> number - 1 & 1}
 
 
 # ---- the end -------------------------------------------------------------------------------------
