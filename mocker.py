@@ -37,7 +37,6 @@ import contextlib
 import errno
 import functools
 import gc
-import importlib.util
 import os
 import signal
 import stat
@@ -61,17 +60,18 @@ class lazily:
             # A signal has to wait: what its handler raises may get lost in the midst of an import.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
             try:
-                importlib.import_module(self.name)
+                __import__(self.name)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return getattr(sys.modules[self.name], attribute)
 
 base64, collections, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, logging, multiprocessing, re = map(lazily, (
     "base64 collections ctypes fcntl hashlib hmac io ipaddress json logging multiprocessing re".split()))
-select, shlex, shutil, socket, struct, subprocess, tarfile, termios, textwrap, threading, time = map(lazily, (
-    "select shlex shutil socket struct subprocess tarfile termios textwrap threading time".split()))
-tty, zlib, futures, http_server, url, cgroups, colorama, docopt, requests, tabulate, urllib3 = map(lazily, (
-    "tty zlib concurrent.futures http.server urllib.parse cgroups colorama docopt requests tabulate urllib3".split()))
+select, shlex, shutil, socket, struct, subprocess, tarfile, termios, textwrap, threading, time, tty = map(lazily, (
+    "select shlex shutil socket struct subprocess tarfile termios textwrap threading time tty".split()))
+zlib, futures, http_server, imports, url, cgroups, colorama, docopt, requests, tabulate, urllib3 = map(lazily, (
+    "zlib concurrent.futures http.server importlib.util urllib.parse cgroups colorama docopt requests tabulate urllib3"
+    .split()))
 
 # ═══ Telling the story: steps, narration, the one error type ═════════════════════════════════════
 #
@@ -709,7 +709,7 @@ def decompressed(file):
     kind = packing(file)
     if kind == "+zstd":
         in_python = "compression" if sys.version_info >= (3, 14) else "backports"
-        file = importlib.import_module(f"{in_python}.zstd").ZstdFile(file)
+        file = lazily(f"{in_python}.zstd").ZstdFile(file)
     return gunzip(file) if kind == "+gzip" else pieces(file)
 
 def gunzip(file):
@@ -1252,7 +1252,7 @@ def need_root(command):
 
 # ── The journal ────────────────────────────────────────────────────────────────────────────────────
 
-JOURNALS = "/run/mocker"
+JOURNALS, THREADS = "/run/mocker", []
 
 class Journal:
     """What is to be undone, noted before it is done: a list that outlives a kill -9.
@@ -1274,6 +1274,7 @@ class Journal:
         """In reverse. If one fails the others are done all the same, and the journal stays for the next mocker."""
         try:
             with contextlib.ExitStack() as undo:
+                undo.callback(lambda: [thread.join() for thread in THREADS])  # at the end
                 for line in read_kernel_file(self.path).splitlines():
                     with contextlib.suppress(ValueError, KeyError):  # it was being written when we were killed
                         name, *arguments = json.loads(line)
@@ -1321,6 +1322,11 @@ def attempt(name, *arguments):
     """Undo by a primitive what may be gone by now, or in use by somebody else."""
     with contextlib.suppress(OSError, MockerError):
         globals()[name](*arguments)
+
+def meanwhile(name, *arguments):
+    """Undo by a primitive while others are undone: for this the kernel waits until nobody can be using it any more."""
+    THREADS.append(threading.Thread(target=attempt, args=(name, *arguments)))
+    THREADS[-1].start()
 
 # ═══ Its root: overlay, /proc, /sys, /dev, pivot_root ════════════════════════════════════════════
 #
@@ -1579,11 +1585,11 @@ def ask_kernel(command, request, fields, **attributes):
     if "pyroute2" not in sys.modules:
         # pyroute2 imports all that it has, which takes longer than a container to start; we need
         # its messages alone, and give them an empty package to live in.
-        spec = importlib.util.find_spec("pyroute2")
+        spec = imports.find_spec("pyroute2")
         check(spec, "the Python package 'pyroute2' is missing: pip install -r requirements.txt, or --network=none")
-        sys.modules["pyroute2"] = importlib.util.module_from_spec(spec)
+        sys.modules["pyroute2"] = imports.module_from_spec(spec)
     kind, flags, form = request
-    message = getattr(importlib.import_module(f"pyroute2.netlink.rtnl.{form}"), form)()
+    message = getattr(lazily(f"pyroute2.netlink.rtnl.{form}"), form)()
     header = {"type": kind, "flags": flags, "sequence_number": 1, "pid": 0}
     message.update(header=header, **fields, **nested(**attributes))
     message.encode()
@@ -1733,18 +1739,27 @@ def add_rules(owner, rules, note=lambda *undo: None):
     """Add (rule for nft, the same for iptables) under an owner's name. → the tool that could, or None"""
     # type nat hook output priority -100; … → chain output { type nat hook output priority -100; …; }
     chains = "".join(f"chain {rule.split()[3]} {{ {rule}; }}; " for rule, _ in rules)
-    note(run_tool, ["nft", "delete", "table", "ip", owner])
+    note(meanwhile, "run_tool", ["nft", "delete", "table", "ip", owner])
     if run_tool(["nft", f"table ip {owner} {{ {chains}}}"]) is not None:
         return "nft"
     return next((tool for tool in IPTABLES if add_iptables(tool, owner, rules, note)), None)
 
 def add_iptables(tool, owner, rules, note):
-    """nat OUTPUT … → iptables -t nat -I OUTPUT …, with the owner's name in a comment. Each notes its own deletion."""
-    for _, rule in rules:
-        table, *rest = [*rule.split(), "-m", "comment", "--comment", owner]
-        note(run_tool, [tool, "-w", "-t", table, "-D", *rest])
-        if run_tool([tool, "-w", "-t", table, "-I", *rest]) is None:
-            return False
+    rules = [rule for _, rule in rules]
+    note(meanwhile, "change_iptables", tool, "-D", owner, rules)
+    return change_iptables(tool, "-I", owner, rules)
+
+def change_iptables(tool, verb, owner, rules):
+    """nat OUTPUT … → iptables -t nat -I OUTPUT …, with the owner's name in a comment; all in one request."""
+    tables = {}
+    for table, rule in (rule.split(" ", 1) for rule in rules):
+        tables.setdefault(table, []).append(f"{verb} {rule} -m comment --comment {owner}")
+    request = "".join("\n".join([f"*{table}", *rows, "COMMIT\n"]) for table, rows in tables.items())
+    if ask_tool([f"{tool}-restore", "-w", "--noflush"], request) is None:
+        return False
+    for table, rows in tables.items():
+        for row in rows:
+            tell(f"{tool} -w -t {table} {row}")
     return True
 
 def list_iptables(table):
@@ -1926,7 +1941,6 @@ def delete_cgroup(directory):
     """End what is still in it, and remove it. The kernel may need a moment to let the dead go; it gets five seconds."""
     for _ in range(1000):
         for group, *_ in os.walk(directory, topdown=False):  # a privileged container may have made some in its own
-            attempt("write_kernel_file", f"{group}/memory.force_empty", 0)  # v1 keeps a group for its cached pages
             attempt("remove_directory", group)
             if os.path.isdir(group):
                 end_members(group)
@@ -2798,7 +2812,7 @@ def look_at_root():
 
 def look_at_packages():
     names = "cgroups", "colorama", "docopt", "pyroute2", "requests", "tabulate"
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    missing = [name for name in names if imports.find_spec(name) is None]
     check(not missing, f"{', '.join(missing)} missing: pip install -r requirements.txt")
     return ", ".join(names)
 

@@ -191,7 +191,8 @@ def tools(tmp_path):
 
     def tools(*names):
         for name in names:
-            (directory / name).symlink_to(shutil.which(name))
+            for program in filter(shutil.which, (name, f"{name}-restore")):
+                (directory / program).symlink_to(shutil.which(program))
         return {"PATH": str(directory)}
 
     yield tools

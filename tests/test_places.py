@@ -166,7 +166,9 @@ def tools(tmp_path, store):
 
     def tools(**names):
         for name, program in names.items():
-            (tmp_path / "tools" / name).symlink_to(shutil.which(program))
+            for part in "", "-restore":
+                if found := shutil.which(f"{program}{part}"):
+                    (tmp_path / "tools" / f"{name}{part}").symlink_to(found)
         return {**store.env, "TOOLS": str(tmp_path / "tools"), "MOCKER": RUN}
 
     return tools
