@@ -1750,17 +1750,15 @@ def add_iptables(tool, owner, rules, note):
     return change_iptables(tool, "-I", owner, rules)
 
 def change_iptables(tool, verb, owner, rules):
-    """nat OUTPUT … → iptables -t nat -I OUTPUT …, with the owner's name in a comment; all in one request."""
-    tables = {}
+    """nat OUTPUT … → iptables -t nat -I OUTPUT …, with the owner's name in a comment; a table's all in one request."""
+    tables, answers = {}, []
     for table, rule in (rule.split(" ", 1) for rule in rules):
         tables.setdefault(table, []).append(f"{verb} {rule} -m comment --comment {owner}")
-    request = "".join("\n".join([f"*{table}", *rows, "COMMIT\n"]) for table, rows in tables.items())
-    if ask_tool([f"{tool}-restore", "-w", "--noflush"], request) is None:
-        return False
     for table, rows in tables.items():
-        for row in rows:
+        answers.append(ask_tool([f"{tool}-restore", "-w", "--noflush"], "\n".join([f"*{table}", *rows, "COMMIT\n"])))
+        for row in rows if answers[-1] is not None else ():
             tell(f"{tool} -w -t {table} {row}")
-    return True
+    return None not in answers
 
 def list_iptables(table):
     """{tool: its rules}. The older one would make a table by looking at it, and never remove it."""
