@@ -56,7 +56,7 @@ class lazily:
         self.name = name
 
     def __getattr__(self, attribute):
-        if sys.modules.get(self.name) is None:
+        if not hasattr(sys.modules.get(self.name), attribute):  # or another thread is still importing it
             # A signal has to wait: what its handler raises may get lost in the midst of an import.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
             try:
@@ -65,13 +65,14 @@ class lazily:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return getattr(sys.modules[self.name], attribute)
 
-base64, collections, ctypes, fcntl, hashlib, hmac, io, ipaddress, json, logging, multiprocessing, re = map(lazily, (
-    "base64 collections ctypes fcntl hashlib hmac io ipaddress json logging multiprocessing re".split()))
-select, shlex, shutil, socket, struct, subprocess, tarfile, termios, textwrap, threading, time, tty = map(lazily, (
-    "select shlex shutil socket struct subprocess tarfile termios textwrap threading time tty".split()))
-zlib, futures, http_server, imports, url, cgroups, colorama, docopt, requests, tabulate, urllib3 = map(lazily, (
-    "zlib concurrent.futures http.server importlib.util urllib.parse cgroups colorama docopt requests tabulate urllib3"
-    .split()))
+base64, collections, ctypes, fcntl, hashlib, hmac, io, ipaddress, itertools, json, logging = map(lazily, (
+    "base64 collections ctypes fcntl hashlib hmac io ipaddress itertools json logging".split()))
+multiprocessing, re, select, shlex, shutil, socket, struct, subprocess, tarfile, termios, textwrap = map(lazily, (
+    "multiprocessing re select shlex shutil socket struct subprocess tarfile termios textwrap".split()))
+threading, time, tty, zlib, futures, http_server, imports, url = map(lazily, (
+    "threading time tty zlib concurrent.futures http.server importlib.util urllib.parse".split()))
+cgroups, colorama, docopt, requests, tabulate, urllib3 = map(lazily, (
+    "cgroups colorama docopt requests tabulate urllib3".split()))
 
 # ═══ Telling the story: steps, narration, the one error type ═════════════════════════════════════
 #
@@ -232,11 +233,11 @@ class Script:
 #  https://github.com/opencontainers/distribution-spec, …/image-spec
 
 # What we need of the documents: a pattern stands for text, "?" marks what may be missing.
-DIGEST, TEXT = "sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}", r"[^\0]*"
+DIGEST, TEXT = "sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}", r"[^\0\ud800-\udfff]*"
 DESCRIPTOR = {"mediaType?": TEXT, "digest": DIGEST, "size": int}
 INDEX = {"manifests": [{**DESCRIPTOR, "platform?": {"os?": TEXT, "architecture?": TEXT, "variant?": TEXT}}]}
 MANIFEST = {"mediaType?": TEXT, "config": DESCRIPTOR, "layers": [DESCRIPTOR]}
-CONFIG = {"rootfs": {"diff_ids": [DIGEST]}, "history?": list,
+CONFIG = {"os?": TEXT, "architecture?": TEXT, "rootfs": {"diff_ids": [DIGEST]}, "history?": list,
           "config?": {"Env?": [TEXT], "Entrypoint?": [TEXT], "Cmd?": [TEXT], "WorkingDir?": TEXT, "User?": TEXT}}
 
 DOCKER_HUB = "docker.io"
@@ -296,8 +297,11 @@ class Registry:
         plain = re.fullmatch(LOOPBACK, host) or host in insecure or re.sub(r":\d+$", "", host) in insecure
         self.base = f"{'http' if plain else 'https'}://{host}"
         if host == DOCKER_HUB:  # or a mirror of it
-            self.base = os.environ.get("MOCKER_HUB", "https://registry-1.docker.io").rstrip("/")
-        self.host = self.base.partition("//")[2].partition("/")[0]
+            self.base = (os.environ.get("MOCKER_HUB") or "https://registry-1.docker.io").rstrip("/")
+            check(re.match("https?://[^/@]+(/|$)", self.base),
+                  "invalid MOCKER_HUB: write http://host:port or https://host, and give its login to docker login")
+        self.host, self.attempts = self.base.partition("//")[2].partition("/")[0], attempts
+        self.remedy = "docker login" if self.host == "registry-1.docker.io" else f"docker login {self.host}"
         self.session.trust_env = False  # else requests sends the login of ~/.netrc to whoever it is
         authorities = map(os.environ.get, ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE"))
         self.session.verify = next(filter(None, authorities), True)
@@ -305,8 +309,7 @@ class Registry:
         # A digest is of the bytes as they are stored, so no compression on the way.
         self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity",
                                      "Authorization": authorization})
-        patience = urllib3.util.Retry(attempts, read=1, status_forcelist=(500, 502, 503, 504), backoff_factor=0.3,
-                                      raise_on_status=False, respect_retry_after_header=False)
+        patience = urllib3.util.Retry(attempts, read=1, backoff_factor=0.3, respect_retry_after_header=False)
         for scheme in "https://", "http://":
             self.session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=patience))
 
@@ -314,40 +317,44 @@ class Registry:
         """A path of the repository, or a whole address → the answer, not yet read; MockerError if there is none."""
         address = url.urljoin(f"{self.base}/v2/{self.reference.repository}/", path)
         try:
-            for _ in range(10):
+            for turn in range(10):
                 response = self.send(address, method, headers)
                 challenge, wait = map(response.headers.get, ("WWW-Authenticate", "Retry-After"))
-                if response.status_code in (200, 206):
+                status = response.status_code
+                if status in (200, 206):
                     return response
-                if response.status_code == 401 and challenge and "Authorization" not in headers:
+                if status == 401 and challenge and "Authorization" not in headers:
                     headers["Authorization"] = self.session.headers["Authorization"] = self.answer(challenge)
                 elif response.is_redirect:
                     here, address = address, url.urljoin(address, response.headers["Location"])
                     if url.urlsplit(here)[:2] != url.urlsplit(address)[:2]:
                         headers["Authorization"] = None  # another host gets no token, nor an answer to its challenge
-                elif response.status_code == 429 and re.fullmatch("[0-9]|10", wait or ""):
+                elif status in (429, 503) and re.fullmatch("[0-9]|10", wait or ""):
                     time.sleep(int(wait))
+                elif status in (500, 502, 503, 504) and turn < self.attempts:
+                    time.sleep(0.3 * 2**turn)
                 else:
                     break
-                response.raw.read(1 << 16)  # once it is read, the connection can be used again
+                if status < 500:
+                    response.raw.read(1 << 16)  # once it is read, the connection can be used again
         except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # whatever an odd address leads to
-            raise MockerError(f"{self.base} can't be reached ({root_cause(error)}): check the network, name "
+            raise MockerError(f"{origin(address)} can't be reached ({root_cause(error)}): check the network, name "
                               "a private CA's file in REQUESTS_CA_BUNDLE, or a mirror in MOCKER_HUB") from None
         raise self.refusal(response)
 
     def send(self, address, method, headers):
         """One request, told without its secrets; by https, unless the registry itself is asked by http."""
-        asked = url.urlsplit(address)
-        host = asked.netloc.rpartition("@")[2]
+        asked, here = url.urlsplit(address), origin(address)
+        host = here.partition("//")[2]
         check(asked.scheme in ("https", url.urlsplit(self.base).scheme),
-              f"{self.base} sends to {asked.scheme}://{host}: only https is followed")
+              f"{self.base} sends to {here}: only https is followed")
         proxies = {} if re.fullmatch(LOOPBACK, host) else requests.utils.get_environ_proxies(address)
         response = self.session.request(method, address, headers=headers, proxies=proxies,
-                                        timeout=(TIMEOUT[0], setting("MOCKER_TIMEOUT", TIMEOUT[1])),
+                                        timeout=(TIMEOUT[0], min(setting("MOCKER_TIMEOUT", TIMEOUT[1]), 10**6)),
                                         allow_redirects=False, stream=True)
         shown = [part for part in asked.query.split("&") if re.match("(service|scope)=", part)]  # never a signature
         query = "?" + "&".join(shown or ["…"]) if asked.query else ""
-        say(f'"{method} {asked.scheme}://{host}{asked.path}{query} HTTP/1.1" {response.status_code} '
+        say(f'"{method} {here}{asked.path}{query} HTTP/1.1" {response.status_code} '
             f'{response.headers.get("Content-Length", "-")}')
         return response
 
@@ -357,24 +364,25 @@ class Registry:
         limit = re.fullmatch(r"(\d{1,9});w=(\d{1,9})", response.headers.get("ratelimit-limit", ""))
         allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
         advice = f"{self.reference} can't be had now, try again later"
-        if status in (401, 403, 404):  # which of them it is depends on the registry, not on the reason
-            advice = (f"no such image: {self.reference}: check the name and the tag, or if it is private, "
-                      f"docker login {self.host}")
+        here = origin(response.url)
+        if status == 401 or status in (403, 404) and here == origin(self.base):  # which depends on the registry alone
+            advice = f"no such image: {self.reference}: check the name and the tag, or if it is private, {self.remedy}"
         elif status == 429:
             advice = (f"too many pulls{allowed}, for all behind this address together: try again "
-                      f"{f'in {wait} s' if wait else 'later'}, docker login, or name a mirror in MOCKER_HUB")
+                      f"{f'in {wait} s' if wait.isdigit() else 'later'}, docker login, or name a mirror in MOCKER_HUB")
         elif response.is_redirect:
             advice = f"its redirects have no end: {self.reference} is not to be had there"
-        return MockerError(f"{self.base} answers {status} {response.reason[:100]}: {advice}")
+        return MockerError(f"{here} answers {status} {response.reason[:100]}: {advice}")
 
     def answer(self, challenge):
         """WWW-Authenticate (RFC 9110 §11.6.1) → an Authorization that satisfies it; a token may expire in mid-pull."""
         prove("the registry's challenge", challenge)
         login = find_login("index.docker.io" if self.host == "registry-1.docker.io" else self.host)
-        if not challenge.lower().startswith("bearer "):
-            check(login, f"{self.host} wants a name and a password: docker login {self.host}")
+        bearer = re.search(r"(?:^|,\s*)bearer\s+(.*)", challenge, re.I | re.S)
+        if not bearer:
+            check(login, f"{self.host} wants a name and a password: {self.remedy}")
             return login
-        asked = requests.utils.parse_dict_header(challenge.partition(" ")[2])
+        asked = requests.utils.parse_dict_header(bearer[1])
         wanted = {"service": asked.get("service"), "scope": f"repository:{self.reference.repository}:pull"}
         realm = requests.Request("GET", asked.get("realm", ""), params=wanted).prepare().url
         raw = self.get(realm, Authorization=login).raw.read(MANIFEST_LIMIT)
@@ -388,7 +396,7 @@ class Registry:
 def setting(variable, default):
     """A number from the environment."""
     text = os.environ.get(variable) or str(default)
-    check(re.fullmatch("[0-9]{1,18}", text), f"invalid {variable} '{text[:50]}': write a number")
+    check(re.fullmatch("[1-9][0-9]{0,17}", text), f"invalid {variable} '{text[:50]}': write a number")
     return int(text)
 
 def root_cause(error):
@@ -396,7 +404,13 @@ def root_cause(error):
     while error.args and isinstance(error.args[-1], BaseException):
         error = error.args[-1]
     error = getattr(error, "reason", error)
-    return (str(error).rpartition("): ")[2] or type(error).__name__)[:150]
+    reason = re.sub(r"\?\S*", "?…", str(error).rpartition("): ")[2])  # without a signature
+    return reason[:150] or type(error).__name__
+
+def origin(address):
+    """Whom it asks, and how: http://host:port; without a login."""
+    asked = url.urlsplit(address)
+    return f"{asked.scheme}://{asked.netloc.rpartition('@')[2]}"
 
 def find_login(host):
     """From docker's ~/.docker/config.json, or the helper that it names → an Authorization, or None."""
@@ -437,14 +451,15 @@ def ask_tool(command, text=None):
 
 def parse_json(raw, shape, what):
     """From outside → a document of that shape; MockerError if it is anything else."""
-    with explained((ValueError, RecursionError), f"{what} is not JSON: the registry is broken, or it is none"):
+    with explained((ValueError, RecursionError), f"{what} is not JSON: a broken registry, or another answers for it"):
         return check_shape(json.loads(raw), shape, what)
 
 def check_shape(value, shape, what):
     """`value`, if it is as the spec says: {"key": shape}, [shape], a type or a pattern. Nothing is guessed at."""
     kind = shape if isinstance(shape, type) else type(shape)
     names = {dict: "an object", list: "a list", str: "valid text", int: "a number"}
-    check(type(value) is kind and (kind is not int or value >= 0) and (kind is not str or re.fullmatch(shape, value)),
+    check(type(value) is kind and (kind is not int or value in range(1 << 63))
+          and (kind is not str or re.fullmatch(shape, value)),
           f"{what} should be {names[kind]}, and is not: it is broken, or something else")  # which may be a secret
     for key, inner in shape.items() if isinstance(shape, dict) else ():
         name = key.rstrip("?")
@@ -480,7 +495,7 @@ def fetch_manifest(registry, version):
             check_digest(raw, digest, what)
         kind = response.headers.get("Content-Type", "").partition(";")[0]
     manifest = parse_json(raw, {"mediaType?": TEXT}, what)
-    kind = manifest.get("mediaType") or kind
+    kind = manifest.get("mediaType") or kind or (INDEX_TYPES if "manifests" in manifest else MANIFEST_TYPES)[0]
     check(manifest.get("schemaVersion") != 1 and "docker.distribution.manifest.v1+" not in kind,
           f"{registry.reference} is in the old schema 1 format, which Docker dropped, too: pull a newer tag")
     return manifest, {"digest": save_blob(raw, digest or digest_of(raw)), "size": len(raw), "mediaType": kind}
@@ -546,7 +561,7 @@ def fetch_blob(registry, blob, partial):
             if response.status_code != 206:
                 file.truncate(file.seek(0))
             try:
-                for piece in pieces(response.raw):
+                for piece in pieces(response.raw, 1 << 14):  # what has come of one is lost if the rest doesn't
                     file.write(piece)
                     if file.tell() > size:
                         break
@@ -611,10 +626,12 @@ def write_file(path, content):
 def open_store():
     """Its directories, for root alone, since images have setuid programs. Layers need whiteouts, which an overlay
     keeps for itself; but what else is / inside docker?"""
-    os.makedirs(HOME, exist_ok=True)
+    probe = store(f"{os.urandom(6).hex()}.probe")
+    with explained(OSError, f"{HOME} can't be the store: {{}}: choose another MOCKER_HOME"):
+        os.makedirs(HOME, exist_ok=True)
     try:
-        os.mknod(store(f"{os.getpid()}.probe"), stat.S_IFCHR, 0)  # as overlayfs marks a whiteout
-        os.unlink(store(f"{os.getpid()}.probe"))
+        os.mknod(probe, stat.S_IFCHR, 0)  # as overlayfs marks a whiteout
+        os.unlink(probe)
     except PermissionError:
         say(f"{HOME} lies on an overlay, which can't hold layers: it gets a tmpfs, and is lost with the machine; "
             f"in docker, -v mocker:{HOME} keeps it")
@@ -658,10 +675,7 @@ def chain_ids(diff_ids):
     What a layer unpacks to depends on what lies below: a parent directory that it leaves out has the
     mode of the one below, a hard link may lead there. So the name tells what is below, too.
     """
-    chain = []
-    for diff_id in diff_ids:
-        chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
-    return chain
+    return [*itertools.accumulate(diff_ids, lambda below, diff_id: digest_of(f"{below} {diff_id}".encode()))]
 
 class Image:
     """A stored image: its JSON file, its config, its unpacked layers from the bottom up."""
@@ -695,14 +709,15 @@ def all_images():
 
 # ── Unpacking a layer ──────────────────────────────────────────────────────────────────────────────
 
-def pieces(file):
-    return iter(lambda: file.read(1 << 18), b"")
+def pieces(file, size=1 << 18):
+    return iter(lambda: file.read(size), b"")
 
 def packing(file):
     """How a layer's blob is packed, its first bytes tell, whatever its media type says."""
     magic = file.read(4)
     file.seek(0)
-    return "+gzip" if magic.startswith(b"\x1f\x8b") else "+zstd" if magic == b"\x28\xb5\x2f\xfd" else ""
+    is_zstd = magic == b"\x28\xb5\x2f\xfd" or magic[1:] == b"\x2a\x4d\x18"  # the latter is a frame to be skipped
+    return "+gzip" if magic.startswith(b"\x1f\x8b") else "+zstd" * is_zstd
 
 def decompressed(file):
     """The tar in a blob, piece by piece."""
@@ -796,6 +811,8 @@ class Unpacker:
         file = self.tar.fileobj
         while member := self.tar.next():
             self.tar.members.clear()  # or tarfile keeps them all
+            check(not {*self.tar.pax_headers} & {*tarfile.PAX_FIELDS},
+                  "a layer has a global header for all its files, which docker would ignore: broken, or a trick")
             self.names = [*self.names, member.name][:10]
             self.place(member, rooted(member.name))
         # tarfile takes a damaged header for the end, which is two blocks of zeros.
@@ -855,8 +872,9 @@ class Unpacker:
         try:
             os.unlink(path)
         except IsADirectoryError:
+            for folder, *_ in os.walk(path):
+                self.times.pop(folder, None)
             shutil.rmtree(path)
-            self.times = {other: stamp for other, stamp in self.times.items() if not f"{other}/".startswith(f"{path}/")}
         except FileNotFoundError:
             pass  # as for nearly every member
 
@@ -942,6 +960,7 @@ def be_worker(parent):
     for stop in STOPPING:
         signal.signal(stop, signal.SIG_DFL)
     unshare("mount")
+    sys.setrecursionlimit(10_000)  # a path in a layer may be 2,000 folders deep
 
 def is_stored(blob):
     path = blob_path(blob["digest"])
@@ -949,7 +968,7 @@ def is_stored(blob):
 
 def fetch_layer(reference, authorization, blob, partial):
     """In a worker, with a connection of its own."""
-    if not is_stored(blob):
+    if not (is_stored(blob) and is_whole(blob["digest"])):
         fetch_blob(Registry(reference, authorization), blob, partial)
 
 def draw_progress(blob, partial):
@@ -1003,10 +1022,14 @@ def fetch_layers(registry, layers, diff_ids, partial):
 def pull_image(reference, platform=None):
     """From a name to a stored image: manifest, config, layers. → Image"""
     say(f"Fetching manifest for {str(reference).removeprefix('library/')}...")
-    registry = Registry(reference)
+    registry, wanted = Registry(reference), platform or PLATFORMS[os.uname().machine]
     with partial_directory() as partial:
-        found = find_manifest(registry, platform or PLATFORMS[os.uname().machine])
+        found = find_manifest(registry, wanted)
         config = fetch_config(registry, found["manifest"], partial)
+        made_for = [config.get("os"), config.get("architecture")]
+        if all(made_for) and made_for != wanted.split("/")[:2]:  # as a name without an index may be
+            check(not platform, f"{reference} is there for {'/'.join(made_for)} alone: leave out --platform")
+            say(f"{reference} is for {'/'.join(made_for)}, and can't run here")
         fetch_layers(registry, found["manifest"]["layers"], config["rootfs"]["diff_ids"], partial)
     stored = {"name": reference.name, "version": reference.version, **found}
     with locked(HOME):
@@ -1019,8 +1042,9 @@ def write_index(images):
     write_file(store("oci-layout"), {"imageLayoutVersion": "1.0.0"})
     manifests = []
     for image in images.values():
-        annotations = {"org.opencontainers.image.ref.name": full_name(image)}
-        manifests.append({**oci_manifest(image), "annotations": annotations})
+        if all(map(is_stored, image["manifest"]["layers"])):  # or it waits until it is pulled again
+            annotations = {"org.opencontainers.image.ref.name": full_name(image)}
+            manifests.append({**oci_manifest(image), "annotations": annotations})
     write_file(store("index.json"), {"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": manifests})
 
 def oci_manifest(image):
@@ -1079,7 +1103,8 @@ def verify(arguments):
     status = 0
     for image in all_images():
         try:
-            check(is_whole(image.stored["digest"]), "its manifest is missing or damaged")
+            for document in image.stored, image.stored.get("index") or image.stored:
+                check(is_whole(document["digest"]), "its manifest or index is missing or damaged")
             for blob, diff_id, layer in zip(image.manifest["layers"], image.config["rootfs"]["diff_ids"], image.layers):
                 check(is_whole(blob["digest"]), f"blob {blob['digest'][:19]}… is missing or damaged")
                 with damage_explained(), open(blob_path(blob["digest"]), "rb") as file:
@@ -1169,12 +1194,11 @@ def unshare(*kinds):
 @contextlib.contextmanager
 def coming_back(kind):
     """Leave a namespace for a while; setns(2) takes an open file that stands for one."""
-    handle = os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield
-    finally:
-        call("setns", handle, 0)
-        os.close(handle)
+    with open(f"/proc/thread-self/ns/{kind}") as handle:
+        try:
+            yield
+        finally:
+            call("setns", handle.fileno(), 0)
 
 def seal_interpreter(argv):
     """Start again from a copy of Python's own program file that nobody can write to.
@@ -1189,7 +1213,7 @@ def seal_interpreter(argv):
             while os.sendfile(copy, file.fileno(), None, 1 << 30):
                 pass
         fcntl.fcntl(copy, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-        with open(__file__) as file:
+        with open(__file__, encoding="utf-8") as file:
             code = file.readline().split('"')[1]  # as the first line starts it
         with contextlib.suppress(PermissionError):  # where vm.memfd_noexec forbids it
             os.execv(f"/proc/self/fd/{copy}", [sys.executable, "-c", code, __file__, *argv])
@@ -1219,7 +1243,7 @@ def make_link(target, path):
 
 def write_text(path, text):
     escaped = text.replace("\\", r"\\").replace("\n", r"\n").replace("\t", r"\t")
-    with open(path, "w") as file:
+    with open(path, "w", errors="surrogateescape") as file:
         file.write(text)
     tell(f"printf %b {shlex.quote(escaped)} > {shlex.quote(path)}")
 
@@ -1231,11 +1255,9 @@ def write_kernel_file(path, value):
 
 def read_kernel_file(path):
     """What it says now; nothing if it is not there."""
-    try:
-        with open(path, errors="replace") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(path, errors="surrogateescape") as file:
+        return file.read().strip()
+    return ""
 
 def need_linux():
     machine = os.uname().machine
@@ -1325,8 +1347,9 @@ def attempt(name, *arguments):
 
 def meanwhile(name, *arguments):
     """Undo by a primitive while others are undone: for this the kernel waits until nobody can be using it any more."""
-    THREADS.append(threading.Thread(target=attempt, args=(name, *arguments)))
-    THREADS[-1].start()
+    thread = threading.Thread(target=attempt, args=(name, *arguments))
+    thread.start()
+    THREADS.append(thread)
 
 # ═══ Its root: overlay, /proc, /sys, /dev, pivot_root ════════════════════════════════════════════
 #
@@ -1551,12 +1574,12 @@ def write_etc(container):
              "ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
     hosts += f"{container.address}\t{container.hostname}\n" if container.address else ""
     resolver = read_kernel_file("/etc/resolv.conf")
-    loopback = r"^\s*nameserver\s+(127\.|::1).*\n?"  # the host's own, as systemd-resolved: not to be reached
     if container.network == "host":
         hosts = read_kernel_file("/etc/hosts") + "\n"
-    elif re.search(loopback, resolver, re.M):
-        resolver = read_kernel_file("/run/systemd/resolve/resolv.conf") or re.sub(loopback, "", resolver, flags=re.M)
-    if "nameserver" not in resolver:
+    else:  # what can't be reached: the host's own, as systemd-resolved's, which has a list of others; IPv6
+        upstream = read_kernel_file("/run/systemd/resolve/resolv.conf") if " 127.0.0.53" in resolver else ""
+        resolver = re.sub(r"^\s*nameserver\s+(127\.|\S*:).*\n?", "", upstream or resolver, flags=re.M)
+    if not re.search(r"^\s*nameserver", resolver, re.M):
         resolver += "\nnameserver 8.8.8.8\nnameserver 8.8.4.4"
     for name, text in zip(ETC_FILES, (hosts, container.hostname + "\n", resolver.strip() + "\n")):
         write_text(f"{container.directory}/{name}", text)
@@ -1742,19 +1765,18 @@ def add_rules(owner, rules, note=lambda *undo: None):
     note(meanwhile, "run_tool", ["nft", "delete", "table", "ip", owner])
     if run_tool(["nft", f"table ip {owner} {{ {chains}}}"]) is not None:
         return "nft"
-    return next((tool for tool in IPTABLES if add_iptables(tool, owner, rules, note)), None)
+    others = [rule for _, rule in rules]
+    return next((tool for tool in IPTABLES if add_iptables(tool, owner, others, note)), None)
 
 def add_iptables(tool, owner, rules, note):
-    rules = [rule for _, rule in rules]
     note(meanwhile, "change_iptables", tool, "-D", owner, rules)
     return change_iptables(tool, "-I", owner, rules)
 
 def change_iptables(tool, verb, owner, rules):
     """nat OUTPUT … → iptables -t nat -I OUTPUT …, with the owner's name in a comment; a table's all in one request."""
-    tables, answers = {}, []
-    for table, rule in (rule.split(" ", 1) for rule in rules):
-        tables.setdefault(table, []).append(f"{verb} {rule} -m comment --comment {owner}")
-    for table, rows in tables.items():
+    answers, split = [], [rule.split(" ", 1) for rule in rules]
+    for table in dict(split):
+        rows = [f"{verb} {rule} -m comment --comment {owner}" for name, rule in split if name == table]
         answers.append(ask_tool([f"{tool}-restore", "-w", "--noflush"], "\n".join([f"*{table}", *rows, "COMMIT\n"])))
         for row in rows if answers[-1] is not None else ():
             tell(f"{tool} -w -t {table} {row}")
@@ -1790,8 +1812,8 @@ def forward_beside_docker():
     """Where Docker is, this machine forwards nothing but Docker's own, or what is allowed by name."""
     for tool, listed in list_iptables("filter").items():
         if "-P FORWARD DROP" in listed:
-            rules = [("", f"filter FORWARD {way} {BRIDGE} -j ACCEPT") for way in ("-i", "-o")]
-            add_iptables(tool, "mocker", rules, HOST.note)
+            ways = [f"filter FORWARD {way} {BRIDGE} -j ACCEPT" for way in ("-i", "-o")]
+            add_iptables(tool, "mocker", ways, HOST.note)
 
 def publish_ports(container, undo):
     """-p: what arrives at a port of this machine is sent on to the container."""
@@ -1949,9 +1971,9 @@ def delete_cgroup(directory):
 
 def end_members(directory):
     members = read_kernel_file(f"{directory}/cgroup.procs").split()
-    for pid in members:
+    for pid in filter(None, map(int, members)):  # 0 would be one whom this pid namespace can't see
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     if members or story.script:
         tell(f"for pid in $(cat {directory}/cgroup.procs); do kill -9 $pid; done")
 
@@ -2103,8 +2125,8 @@ def become_user(container):
         os.setgroups(gids)
         os.setresgid(gids[0], gids[0], gids[0])
         os.setresuid(uid, uid, uid)
-    if "caps" in container.parts and os.geteuid() == 0:
-        set_capabilities(container.capabilities)
+    if "caps" in container.parts:  # what may be inherited goes for every user (CVE-2022-24769)
+        set_capabilities(container.capabilities if os.geteuid() == 0 else [])
     # The kernel forgets this when the user changes (man 2 PR_SET_PDEATHSIG).
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
     prove("grep -E '^(Uid|Groups|Cap|Seccomp)' /proc/self/status",
@@ -2276,7 +2298,8 @@ def to_cpus(number):
 
 def to_volume(host, target, mode):
     """→ (host, container, read-only)"""
-    return (os.path.abspath(host), target, mode == ":ro") if os.path.normpath(target).strip("/") else None
+    is_allowed = os.path.normpath(target).strip("/") not in ("", "dev")  # a volume is nodev
+    return (os.path.abspath(host), target, mode == ":ro") if is_allowed else None
 
 def to_port(address, outer, inner, protocol):
     """→ (ip, host, container, protocol)"""
@@ -2300,7 +2323,7 @@ FORMS = {
     "--cpus": (r"(\d+\.?\d*|\.\d+)", to_cpus, f"a number from 0.01 to this machine's {os.cpu_count()} CPUs"),
     "--pids-limit": (r"-1|0|(\d{1,9})", lambda number: int(number or 0), "a number, as in 100"),
     "--volume": (r"([^:]+):(/[^:]*)(:ro|:rw)?", to_volume,
-                 "host:container or host:container:ro, the latter as an absolute path, but not '/'"),
+                 "host:container or host:container:ro, the latter as an absolute path, but not '/' or '/dev'"),
     "--publish": (r"(?:(\d+\.\d+\.\d+\.\d+):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?", to_port,
                   "[ip:]host:container[/udp], as in 8080:80; ports are from 1 to 65535"),
 }
@@ -2336,8 +2359,8 @@ class Container:
         self.address = self.gateway = self.pid = self.console = None
         self.holders, self.cgroups, self.cgroup_version = set(), [], cgroup_version()
         names = [name for name in os.listdir("/dev") if name != "ptmx"] if self.privileged else DEVICES
-        self.devices = {name: os.stat(f"/dev/{name}") for name in names
-                        if not os.path.islink(f"/dev/{name}") and not os.path.isdir(f"/dev/{name}")}
+        self.devices = {name: seen for name in names if stat.S_IFMT((seen := os.lstat(f"/dev/{name}")).st_mode)
+                        in (stat.S_IFCHR, stat.S_IFBLK)}
         self.host_namespaces = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
         self.arguments = command_line(config, given["--entrypoint"], given["<command>"])
         self.environment = environment(config, given["--env"], self.hostname, self.terminal)
@@ -2547,6 +2570,7 @@ def attend(container):
         container.line.recv(1)  # its end: by exec, which closes it, the child has become the program; or it has failed
         with contextlib.ExitStack() as undo:
             if container.console and container.takes_stdin:  # it interprets the keys, Ctrl-C too
+                undo.enter_context(contextlib.suppress(termios.error))  # our terminal may be gone by then
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
                 tty.setraw(0)
             outputs = start_relays(container, streams, copies)
@@ -2611,24 +2635,32 @@ def insist(function, stream, argument):
             select.select(readable, writable, [])
 
 def forward_signals(container, handle):
-    """What reaches mocker goes on to number 1, once that is the program. It ignores what it has no handler for;
-    the third SIGINT or SIGTERM therefore is SIGKILL (man 7 pid_namespaces, "Signals")."""
+    """What reaches mocker goes on to number 1; what is to stop it, once that is the program. It ignores what it
+    has no handler for; the third SIGINT or SIGTERM therefore is SIGKILL (man 7 pid_namespaces, "Signals")."""
     urgent = []
 
     def forward(number, frame):
-        if number in STOPPING and not select.select([container.line], [], [], 0)[0]:
+        if number in STOPPING and not has_begun(container):
             interrupted(number, frame)
         copy_window_size(container)
         if number == signal.SIGHUP:
             hang_up(container)
         if number in (signal.SIGINT, signal.SIGTERM):
             urgent.append(number)
+        if len(urgent) > 3:  # it has ended, and somebody does not take its output
+            interrupted(number, frame)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL if len(urgent) > 2 else number)
 
     for number in forwarded():
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded())
+
+def has_begun(container):
+    """Has the child become the program? Then its end of the line is closed (POLLHUP), whatever lies there unread."""
+    poll = select.poll()
+    poll.register(container.line, 0)
+    return bool(poll.poll(0))
 
 def forwarded():
     """The signals that mean the container, not mocker."""
@@ -2853,8 +2885,9 @@ def look_at_subnet():
     return f"{SUBNETS[0]}.0/24 is free"
 
 def look_for_leftovers():
-    there, running = all_containers(), container_ids()
-    return (f"{len(running)} containers run, {len(there) - len(running)} that have ended are kept "
+    running = container_ids()
+    ended = [one for one in all_containers() if one["id"] not in running]
+    return (f"{len(running)} containers run, {len(ended)} that have ended are kept "
             "(mocker clean --containers)")
 
 def look_at_hub():
@@ -3045,8 +3078,7 @@ def network_of(pid, id):
     addresses = re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", read_kernel_file(f"/proc/{pid}/net/fib_trie"))
     found = {"interfaces": read_interfaces(pid), "addresses": sorted(set(addresses))}
     for name, network, gateway in read_routes(pid):
-        via = f"via {gateway} " if gateway != "0.0.0.0" else ""
-        found[f"route to {network}"] = f"{via}dev {name}"
+        found[f"route to {network}"] = f"via {gateway} dev {name}".replace("via 0.0.0.0 ", "")
     if f"veth0_{id}" in read_interfaces():
         found.update(wire=f"veth0_{id} on {BRIDGE}", NAT=nat_rules("mocker") + nat_rules(f"mocker_{id}"))
     return found
@@ -3064,6 +3096,8 @@ def cgroup_of(pid):
 
 def diff(arguments):
     """Show what a container changed in its root, as its upper layer has it: A added, C changed, D deleted.
+
+    (After --without=overlay it has none to look at.)
 
     Usage:
       mocker diff <container>
@@ -3119,7 +3153,8 @@ COMMANDS = {command.__name__: command for command in (
 def dispatch(argv):
     """A command's docstring is its usage, for docopt as for you."""
     for number in STOPPING:
-        signal.signal(number, interrupted)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) has it
+            signal.signal(number, interrupted)
     name, *words = argv or [""]
     function = COMMANDS.get(name)
     usage = re.sub(r"\n {4}", "\n", function.__doc__) if function else __doc__[__doc__.index("Usage:") :]
@@ -3143,14 +3178,16 @@ def dispatch(argv):
     return function(arguments)
 
 def interrupted(number, frame):
-    """Ctrl-C or SIGTERM before the container runs: undo what was done so far, then end."""
+    """Ctrl-C or SIGTERM before the container runs: undo what was done so far, undisturbed by a second one, then end."""
+    for other in STOPPING:
+        signal.signal(other, signal.SIG_IGN)
     raise Stopped(number)
 
 def guarded(function, *arguments):
     """What the user can mend becomes one line; what is a bug keeps its traceback. → exit status"""
     try:
         status = function(*arguments)
-        print(end="", flush=True)  # now, when a closed pipe can still be told
+        sys.stdout and sys.stdout.flush()  # now, when a closed pipe can still be told
         return status
     except MockerError as error:
         write_line(f"mocker: {error}", "error")
@@ -3167,7 +3204,9 @@ def guarded(function, *arguments):
     except OSError as error:
         if error.errno not in (*FULL, errno.EROFS):
             raise
-        write_line(f"mocker: {error.strerror}: {error.filename or HOME}: make room, or move MOCKER_HOME", "error")
+        place = str(error.filename or HOME)
+        advice = ": make room, or move MOCKER_HOME" if place.startswith(HOME) else ""
+        write_line(f"mocker: {error.strerror}: {place}{advice}", "error")
     return 125
 
 def main():

@@ -1,6 +1,7 @@
 """Fixtures: mocker with a home of its own, and the registries that it pulls from."""
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -13,6 +14,10 @@ import quick as quick_calls
 import registry as registries
 
 pytest_plugins = ["containers"]  # and those to run containers with
+
+for number, usual in (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL):
+    if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup; what is started here would inherit that
+        signal.signal(number, usual)
 
 MOCKER = Path(__file__).resolve().parent.parent / "mocker.py"
 

@@ -376,7 +376,61 @@ def test_no_token_realm_in_the_clear_from_https(pull, home, fake, tls, certifica
     "hub", ["http://127.0.0.1:1", "https://127.0.0.1:1", "http://127.0.0.1:99999", "nonsense", "ftp://127.0.0.1"]
 )
 def test_a_hub_that_is_not_there(hub, pull, home):
-    refused(pull(env={"MOCKER_HUB": hub}), home, "127.0.0.1|nonsense")
+    refused(pull(env={"MOCKER_HUB": hub}), home, "127.0.0.1|MOCKER_HUB")
+
+
+def test_a_login_in_the_address_of_a_hub_is_not_shown(pull, home, fake):
+    line = refused(pull(env={"MOCKER_HUB": fake.url.replace("//", "//me:secret@")}), home, "docker login")
+    assert "secret" not in line
+
+
+def test_a_signature_is_not_shown_in_an_error(pull, home, fake):
+    fake.put("library/x", good(fake.layout))
+    fake.intercept = answers(307, where="/blobs/", Location="http://127.0.0.1:99999/x?Signature=secret")
+    assert "secret" not in refused(pull(), home, "can't be reached")
+
+
+def test_who_refuses_is_named(pull, home, fake):
+    """What a CDN refuses does not say that there is no such image."""
+    fake.put("library/x", good(fake.layout))
+    other = fake.url.replace("127.0.0.1", "localhost")
+    fake.intercept = lambda handler: (
+        [handler.answer(403)]
+        if "/cdn/" in handler.path
+        else "/blobs/" in handler.path and [handler.answer(307, headers={"Location": f"{other}/cdn/x"})]
+    )
+    assert "no such image" not in refused(pull(), home, f"{other} answers 403")
+
+
+def test_a_fault_without_end_is_not_read(pull, home, fake):
+    sent = []
+
+    def pours(handler):
+        for _ in range(500):
+            sent.append(handler.wfile.write(bytes(1 << 20)))
+
+    fake.intercept = sends(b"HTTP/1.1 503 No\r\nContent-Length: 9999999999\r\n\r\n", then=pours)
+    refused(pull(), home, "503")
+    assert len(sent) < 100
+
+
+@pytest.mark.parametrize("config", [{"Env": ["A=\ud800"]}, {"Cmd": ["\udcff"]}, {"WorkingDir": "/\ud800"}])
+def test_half_a_character_is_no_text(config, pull, home, fake):
+    fake.put("library/x", fake.layout.image([layer([file("f", b"x")])], config))
+    refused(pull(), home, "valid text")
+
+
+def test_a_global_header_that_renames(pull, home, fake):
+    """docker ignores it, and so would who scans the image."""
+    header = tarfile.TarInfo.create_pax_global_header({"path": "evil"})
+    fake.put("library/x", fake.layout.image([header + layer([file("good", b"x")])]))
+    refused(pull(), home, "global header")
+
+
+def test_a_home_that_is_a_file(quick, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = quick("pull", "-q", "x", env={"MOCKER_HOME": str(tmp_path / "file")})
+    assert done.returncode == 125 and re.fullmatch("mocker: .*choose another MOCKER_HOME\n", done.stderr), done.stderr
 
 
 @pytest.fixture
@@ -579,7 +633,8 @@ REFUSED = {
     "a byte too many": (lambda layout: with_layers(layout, size=with_layers(layout)["layers"][0]["size"] - 1), "bytes"),
     "a byte too few": (lambda layout: with_layers(layout, size=with_layers(layout)["layers"][0]["size"] + 1), "bytes"),
     "size 0": (lambda layout: with_layers(layout, size=0), ""),
-    "a size without end": (lambda layout: with_layers(layout, size=2**63), "bytes"),
+    "a size without end": (lambda layout: with_layers(layout, size=2**63 - 1), "bytes"),
+    "a size of 400 digits": (lambda layout: with_layers(layout, size=10**400), "a number"),
 }
 
 

@@ -211,6 +211,14 @@ def pull(mocker, fake, descriptor):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_path_as_deep_as_the_kernel_takes_it(mocker, home, fake):
+    """4,096 bytes; docker takes it, too. Python's own limit is 1,000 calls."""
+    try:
+        pull(mocker, fake, fake.layout.image([layer([file("a/" * 1900 + "x", b"deep")])]))
+    finally:
+        subprocess.run(["rm", "-rf", home / "layers"], check=True)  # which shutil.rmtree, thus pytest, could not
+
+
 def by_umoci(fake, descriptor, directory):
     fake.layout.tag(descriptor)
     command = ["umoci", "unpack", "--image", f"{fake.layout.path}:latest", directory]
@@ -327,6 +335,7 @@ PACKED = {
     "gzip with zeros after it": gzip.compress(SOME) + bytes(512),
     "gzip with a name in its head": subprocess.run(["gzip", "-c", "--name"], input=SOME, stdout=subprocess.PIPE).stdout,
     "zstd": images.compress(SOME, "zstd"),
+    "zstd after a frame to be skipped": b"\x50\x2a\x4d\x18\x04\0\0\0skip" + images.compress(SOME, "zstd"),
     "zstd of several frames": images.compress(SOME[:HALF], "zstd") + images.compress(SOME[HALF:], "zstd"),
     "zstd of Debian": subprocess.run(["zstd", "-19", "--long", "-c"], input=SOME, stdout=subprocess.PIPE).stdout,
 }

@@ -77,6 +77,7 @@ LONG = "x" * 300
         *[([f"--cap-{change}={value}"], value) for change in ("add", "drop") for value in ["NONSENSE", "NET-RAW"]],
         (["--publish=256.1.1.1:80:80"], "256.1.1.1"),
         (["--volume=/etc:relative"], "relative"),
+        (["--volume=/dev:/dev/"], "/dev:/dev/"),
         (["--cap-add=CAP_"], "capability"),
         *[([f"--env={value}"], "--env") for value in ["=x", "="]],
         (["-v", f"/etc:/{LONG}"], "too long"),
@@ -252,6 +253,14 @@ def test_capabilities_by_default(run):
     found = capabilities(run(*STATUS))
     assert found["Bnd"] == found["Prm"] == found["Eff"] == DEFAULT
     assert found["Inh"] == found["Amb"] == set()
+
+
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_what_mocker_may_pass_on_is_not_passed_on(store, user):
+    """A file in the image could make it effective (CVE-2022-24769)."""
+    command = ["setpriv", "--inh-caps", "+sys_admin", *store.command(["run", "-q", "--rm", "-u", user, *STATUS])]
+    done = subprocess.run(command, env=store.env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert capabilities(done)["Inh"] == set()
 
 
 @pytest.mark.parametrize(

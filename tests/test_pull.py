@@ -283,6 +283,13 @@ def wants_token(fake, challenge=CHALLENGES[0], answer=None, good_for=99):
     return asked
 
 
+def test_bearer_is_taken_even_if_basic_is_offered_first(quick, fake):
+    fake.put("library/x", simple(fake.layout))
+    asked = wants_token(fake, 'Basic realm="x", Bearer realm="URL/token",service="front"')
+    assert quick("pull", "x", env={"MOCKER_HUB": fake.url}).returncode == 0
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("challenge", CHALLENGES)
 def test_challenges(challenge, quick, fake):
     fake.put("library/x", simple(fake.layout))
@@ -715,6 +722,32 @@ def test_a_download_that_drops_goes_on_where_it_was(quick, home, hub, monkeypatc
     assert store.faults(home) == []
 
 
+def test_a_download_that_stalls_goes_on_where_it_was(quick, home, fake):
+    """Nearly all that came counts, though the connection was never closed."""
+    data = os.urandom(1 << 18)
+    fake.put("library/x", simple(fake.layout, data))
+    asked = []
+
+    def intercept(handler):
+        content = fake.path(handler.path.rpartition("/")[2]).read_bytes() if "/blobs/" in handler.path else b""
+        if len(content) < 1 << 18:
+            return False
+        start = int(re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "bytes=0-"))[1])
+        asked.append(start)
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(content) - start))
+        handler.end_headers()
+        handler.wfile.write(content[start : start + 100_000])
+        time.sleep(1.5)  # MOCKER_TIMEOUT is 1 here
+        handler.close_connection = True
+        return True
+
+    fake.intercept = intercept
+    done = quick("pull", "x", env={"MOCKER_HUB": fake.url})
+    assert done.returncode == 0, done.stderr
+    assert asked == sorted(set(asked)) and 80_000 < asked[1] <= 100_000
+
+
 def test_a_server_that_knows_no_range_begins_again(quick, home, fake):
     data = os.urandom(1 << 20)
     name, dropped = fake.put("x", simple(fake.layout, data)), []
@@ -729,7 +762,7 @@ def test_a_server_that_knows_no_range_begins_again(quick, home, fake):
 
 
 @pytest.mark.parametrize(
-    "status, headers", [(500, {}), (502, {}), (503, {"Retry-After": "0"}), (429, {"Retry-After": "1"})]
+    "status, headers", [(500, {}), (502, {}), (503, {"Retry-After": "1"}), (429, {"Retry-After": "1"})]
 )
 @pytest.mark.parametrize("where", ["/manifests/", "/blobs/", "/token"])
 def test_a_fault_that_passes(status, headers, where, quick, fake):
@@ -960,6 +993,62 @@ def test_verify_finds_damage_and_pull_mends_it(part, harm, quick, home, fake):
     again = quick("pull", "x", env=hub)
     assert again.returncode == 0, again.stderr
     assert (quick("verify").returncode, store.faults(home)) == (0, [])
+
+
+def test_what_went_bad_before_it_was_unpacked_is_fetched_again(quick, home, fake):
+    """No image has it yet, so verify does not know of it."""
+    fake.put("library/x", simple(fake.layout))
+    hub = {"MOCKER_HUB": fake.url}
+    assert quick("pull", "x", env=hub).returncode == 0
+    flip(home / "blobs" / layer_blob(home).replace(":", "/"))
+    shutil.rmtree(home / "layers")
+    (home / "library_x.json").unlink()
+    assert quick("pull", "x", env=hub).returncode == 0
+    assert (quick("verify").returncode, store.faults(home)) == (0, [])
+
+
+def test_what_one_image_has_lost_stops_no_other(quick, home, fake):
+    fake.put("library/x", simple(fake.layout, style=DOCKER))
+    fake.put("library/y", simple(fake.layout, b"y", style=DOCKER))
+    hub = {"MOCKER_HUB": fake.url}
+    assert quick("pull", "x", env=hub).returncode == 0
+    (home / "blobs" / layer_blob(home).replace(":", "/")).unlink()
+    for name in "y", "x":
+        done = quick("pull", name, env=hub)
+        assert done.returncode == 0, done.stderr
+    assert (quick("verify").returncode, store.faults(home)) == (0, [])
+    assert len(json.loads((home / "index.json").read_text())["manifests"]) == 2
+
+
+def test_verify_looks_at_the_index_too(quick, home, fake):
+    fake.put("library/x", fake.layout.index([simple(fake.layout)]))
+    assert quick("pull", "x", env={"MOCKER_HUB": fake.url}).returncode == quick("verify").returncode == 0
+    index = json.loads((home / "library_x.json").read_text())["index"]
+    flip(home / "blobs" / index["digest"].replace(":", "/"))
+    assert quick("verify").returncode == 1
+
+
+def test_a_manifest_without_a_media_type_keeps_its_own(quick, home, fake):
+    """OCI 1.0 lets it out. The second pull takes it from the store, without a Content-Type."""
+    descriptor = simple(fake.layout)
+    manifest = json.loads(fake.path(descriptor["digest"]).read_text())
+    del manifest["mediaType"]
+    bare = {**fake.layout.json(manifest, OCI["manifest"]), "platform": descriptor["platform"]}
+    fake.put("library/x", fake.layout.index([bare]))
+    fake.names[f"library/x:{bare['digest']}"] = bare  # for the Content-Type
+    for _ in range(2):
+        assert quick("pull", "x", env={"MOCKER_HUB": fake.url}).returncode == 0
+        assert json.loads((home / "library_x.json").read_text())["mediaType"] == OCI["manifest"]
+
+
+def test_an_image_without_an_index_is_for_one_platform(quick, home, fake):
+    fake.put("library/x", simple(fake.layout, arch="s390x"))
+    done = quick("pull", "-q", "--platform=linux/s390x", "x", env={"MOCKER_HUB": fake.url})
+    assert (done.returncode, done.stderr) == (0, "")
+    done = quick("pull", "x", env={"MOCKER_HUB": fake.url})
+    assert done.returncode == 0 and "linux/s390x, and can't run here" in done.stderr
+    done = quick("pull", "--platform=linux/riscv64", "x", env={"MOCKER_HUB": fake.url})
+    assert done.returncode == 125 and "linux/s390x alone" in done.stderr
 
 
 def test_verify_finds_a_lost_layer_and_pull_mends_it(quick, home, fake):

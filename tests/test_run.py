@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -355,6 +356,29 @@ def test_files_of_etc(run):
     assert any(line[0].startswith("10.") and line[1:] == ["pebble"] for line in lines)
     servers = [line[1] for line in lines if line[0] == "nameserver"]
     assert servers and not any(server.startswith("127.") for server in servers)
+
+
+RESOLVERS = {
+    "only by IPv6": ("nameserver 2001:db8::1\n", "8.8.8.8 8.8.4.4"),
+    "one of each": ("nameserver 2001:db8::1\nnameserver 192.0.2.1\n", "192.0.2.1"),
+    "a comment": ("# nameserver 192.0.2.1\nnameserver 127.0.0.1\n", "8.8.8.8 8.8.4.4"),
+}
+
+
+@pytest.mark.parametrize("what", RESOLVERS)
+def test_name_servers_that_can_be_reached(what, store, tmp_path):
+    text, expected = RESOLVERS[what]
+    (tmp_path / "resolv.conf").write_text(text)
+    command = store.command(["run", "-q", "--rm", "busybox", "sed", "-n", "s/^nameserver //p", "/etc/resolv.conf"])
+    script = f"mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec {shlex.join(command)}"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], env=store.env, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL)  # fmt: skip
+    assert done.stdout.split() == expected.split(), done
+
+
+def test_names_that_are_no_utf8(run):
+    done = run("--hostname", os.fsdecode(b"a\xff"), "busybox", "cat", "/etc/hostname", text=False)
+    assert (done.stdout, done.stderr) == (b"a\xff\n", b"")
 
 
 def test_its_mounts_are_its_own(start, store):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pty
@@ -10,11 +11,13 @@ import select
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 
 import host
 import pytest
+from conftest import MOCKER
 from containers import one_line, until
 
 pytestmark = pytest.mark.usefixtures("host_as_before_all")
@@ -242,12 +245,12 @@ def test_end_of_file_on_the_terminal_ends_a_shell(screen):
 
 def test_a_window_that_is_closed_ends_a_shell(screen, store):
     """As number 1 it ignores SIGHUP; but its terminal is gone, too."""
-    shell = screen("-it", "--rm", "busybox", "sh")
+    shell = screen("-it", "busybox", "sh")
     shell.see("# ")
     os.close(shell.master)
     shell.master = os.open(os.devnull, os.O_RDWR)
     shell.process.wait(20)
-    assert not list(store.home.glob("containers/*"))
+    assert [config["status"] for config in configs(store)] == ["exited"]
 
 
 def test_control_c_reaches_the_program_and_not_mocker(screen):
@@ -373,6 +376,60 @@ def test_a_signal_is_passed_on_even_if_mocker_has_not_seen_the_exec(store):
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
     assert process.wait(20) == 7, process.communicate()
+
+
+def test_the_fourth_ends_mocker_though_nobody_takes_its_output(start, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDWR)
+    container = start("busybox", "yes", stdout=reader)
+    for _ in range(4):
+        time.sleep(0.3)
+        container.process.send_signal(signal.SIGTERM)
+    assert container.process.wait(20) == 143
+    os.close(reader)
+
+
+def test_nohup(store):
+    """Whoever serves a class may close the window."""
+    ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    process = store.popen("serve", "--port=0", preexec_fn=ignore)
+    assert process.stderr.readline().startswith("Serving")
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM" in process.communicate(timeout=20)[1]
+    assert process.returncode == 143
+
+
+def test_threads_wait_for_each_other_s_imports(tmp_path):
+    """As two do that undo something at the same time."""
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(0.5)\nvalue = 1\n")
+    code = f"""if True:
+        import sys, threading, mocker
+        sys.path.append({str(tmp_path)!r})
+        slow = mocker.lazily("slow")
+        threads = [threading.Thread(target=lambda: print(slow.value)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        """
+    done = subprocess.run([sys.executable, "-c", code], cwd=MOCKER.parent, capture_output=True, text=True)
+    assert (sorted(done.stdout.split()), done.stderr) == (["1", "1"], "")
+
+
+def test_a_second_signal_does_not_disturb_the_end_of_the_first():
+    code = """if True:
+        import os, signal, mocker
+        signal.signal(signal.SIGTERM, mocker.interrupted)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except mocker.Stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("undone")
+        """
+    done = subprocess.run([sys.executable, "-c", code], cwd=MOCKER.parent, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("undone\n", "")
 
 
 def configs(store):
