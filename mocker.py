@@ -335,7 +335,7 @@ class Registry:
                     time.sleep(0.3 * 2**turn)
                 else:
                     break
-                if status < 500:
+                if status < 500:  # a fault's text may have no end
                     response.raw.read(1 << 16)  # once it is read, the connection can be used again
         except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # whatever an odd address leads to
             raise MockerError(f"{origin(address)} can't be reached ({root_cause(error)}): check the network, name "
@@ -365,7 +365,8 @@ class Registry:
         allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
         advice = f"{self.reference} can't be had now, try again later"
         here = origin(response.url)
-        if status == 401 or status in (403, 404) and here == origin(self.base):  # which depends on the registry alone
+        # Which of the three it is depends on the registry, not on the reason; a CDN's says nothing of the image.
+        if status == 401 or status in (403, 404) and here == origin(self.base):
             advice = f"no such image: {self.reference}: check the name and the tag, or if it is private, {self.remedy}"
         elif status == 429:
             advice = (f"too many pulls{allowed}, for all behind this address together: try again "
@@ -396,7 +397,7 @@ class Registry:
 def setting(variable, default):
     """A number from the environment."""
     text = os.environ.get(variable) or str(default)
-    check(re.fullmatch("[1-9][0-9]{0,17}", text), f"invalid {variable} '{text[:50]}': write a number")
+    check(re.fullmatch("[1-9][0-9]{0,17}", text), f"invalid {variable} '{text[:50]}': write a number from 1 on")
     return int(text)
 
 def root_cause(error):
@@ -1103,7 +1104,7 @@ def verify(arguments):
     status = 0
     for image in all_images():
         try:
-            for document in image.stored, image.stored.get("index") or image.stored:
+            for document in filter(None, (image.stored, image.stored.get("index"))):
                 check(is_whole(document["digest"]), "its manifest or index is missing or damaged")
             for blob, diff_id, layer in zip(image.manifest["layers"], image.config["rootfs"]["diff_ids"], image.layers):
                 check(is_whole(blob["digest"]), f"blob {blob['digest'][:19]}… is missing or damaged")
@@ -1296,7 +1297,7 @@ class Journal:
         """In reverse. If one fails the others are done all the same, and the journal stays for the next mocker."""
         try:
             with contextlib.ExitStack() as undo:
-                undo.callback(lambda: [thread.join() for thread in THREADS])  # at the end
+                undo.callback(lambda: [thread.join() for thread in THREADS])  # the last to be done
                 for line in read_kernel_file(self.path).splitlines():
                     with contextlib.suppress(ValueError, KeyError):  # it was being written when we were killed
                         name, *arguments = json.loads(line)
@@ -2566,8 +2567,8 @@ def attend(container):
         copies, streams = open_copies(container), socket.recv_fds(container.line, 10, 3)[1]
         if container.terminal and streams:  # none, if it failed before it made them
             container.console = streams[1]
-            copy_window_size(container)
-        container.line.recv(1)  # its end: by exec, which closes it, the child has become the program; or it has failed
+            copy_window_size(container.console)
+        container.line.recv(1)  # its end: the child has become the program, or has failed
         with contextlib.ExitStack() as undo:
             if container.console and container.takes_stdin:  # it interprets the keys, Ctrl-C too
                 undo.enter_context(contextlib.suppress(termios.error))  # our terminal may be gone by then
@@ -2642,9 +2643,10 @@ def forward_signals(container, handle):
     def forward(number, frame):
         if number in STOPPING and not has_begun(container):
             interrupted(number, frame)
-        copy_window_size(container)
-        if number == signal.SIGHUP:
-            hang_up(container)
+        if container.console:
+            copy_window_size(container.console)
+        if container.console and number == signal.SIGHUP:
+            hang_up(container.console)
         if number in (signal.SIGINT, signal.SIGTERM):
             urgent.append(number)
         if len(urgent) > 3:  # it has ended, and somebody does not take its output
@@ -2666,21 +2668,18 @@ def forwarded():
     """The signals that mean the container, not mocker."""
     return {*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
 
-def hang_up(container):
-    """Our terminal is gone, so the container's goes too, and a shell in there finds its input at an end
-    (man 2 vhangup)."""
+def hang_up(terminal):
+    """Ours is gone, so the container's goes too, and a shell in there finds its input at an end (man 2 vhangup)."""
     TIOCGPTPEER, TIOCVHANGUP = 0x5441, 0x5437
-    if container.console:
-        with contextlib.suppress(OSError):
-            slave = fcntl.ioctl(container.console, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
-            fcntl.ioctl(slave, TIOCVHANGUP)
-            os.close(slave)
+    with contextlib.suppress(OSError):
+        slave = fcntl.ioctl(terminal, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+        fcntl.ioctl(slave, TIOCVHANGUP)
+        os.close(slave)
 
-def copy_window_size(container):
+def copy_window_size(terminal):
     """The container's terminal is as large as ours (man 2 TIOCSWINSZ)."""
-    if container.console:
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(container.console, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8)))
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8)))
 
 def open_copies(container):
     """Where output goes besides our own: the container's log, and /tmp/stdout, as ever.

@@ -1029,7 +1029,7 @@ def test_verify_looks_at_the_index_too(quick, home, fake):
 
 
 def test_a_manifest_without_a_media_type_keeps_its_own(quick, home, fake):
-    """OCI 1.0 lets it out. The second pull takes it from the store, without a Content-Type."""
+    """OCI 1.0 lets one leave it out. The second pull takes it from the store, without a Content-Type."""
     descriptor = simple(fake.layout)
     manifest = json.loads(fake.path(descriptor["digest"]).read_text())
     del manifest["mediaType"]
