@@ -44,6 +44,7 @@ import sys
 
 __version__ = "1.0"
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+FORWARDED = {*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
 HOME = os.path.abspath(os.path.expanduser(os.environ.get("MOCKER_HOME") or "~/mocker"))
 
 class lazily:
@@ -106,11 +107,15 @@ def check(holds, message, status=125):
 
 @contextlib.contextmanager
 def explained(kinds, message):
-    """An expected failure becomes a MockerError; {} in the message is the reason. A full disk stays one."""
+    """An expected failure becomes a MockerError; {} in the message is the reason. A full disk stays one.
+
+    kinds may be Exception, for whatever a library makes of forged bytes; then only what mocker itself says stays.
+    """
     try:
         yield
     except kinds as error:
-        if isinstance(error, OSError) and error.errno in FULL:
+        told = kinds is Exception and isinstance(error, (MockerError, ImportError))
+        if told or getattr(error, "errno", None) in FULL:
             raise
         reason = re.sub(r"^\[Errno \d+\] ", "", str(error))[:150] or type(error).__name__
         raise MockerError(message.replace("{}", reason), number=getattr(error, "errno", 0)) from None
@@ -588,15 +593,13 @@ def fetch_blob(registry, blob, partial):
 #  All is made elsewhere and appears by rename(2): there is never half of anything.
 
 LAYER_LIMIT = 10 << 30  # bytes that one layer may unpack to, or $MOCKER_LAYER_LIMIT
+DAMAGED = Exception, "a layer is damaged, or no tar ({}): pull again, or tell who made it"  # for explained
 
 def store(*parts):
     return os.path.join(HOME, *parts)
 
 def blob_path(digest):
     return store("blobs", *digest.split(":"))
-
-def layer_path(chain_id):
-    return store("layers", chain_id.partition(":")[2])
 
 def is_whole(digest):
     """Is the blob here, and still what its digest says? One that went bad goes, for the next pull to fetch again."""
@@ -670,13 +673,14 @@ def remove_tree(path):
         os.waitpid(os.posix_spawnp("rm", command, os.environ), 0)
         tell(shlex.join(command))
 
-def chain_ids(diff_ids):
-    """diff_ids from the bottom up → names for the unpacked layers (OCI image-spec, "Layer ChainID").
+def layer_paths(diff_ids):
+    """diff_ids from the bottom up → the unpacked layers, named by chain id (OCI image-spec, "Layer ChainID").
 
     What a layer unpacks to depends on what lies below: a parent directory that it leaves out has the
     mode of the one below, a hard link may lead there. So the name tells what is below, too.
     """
-    return [*itertools.accumulate(diff_ids, lambda below, diff_id: digest_of(f"{below} {diff_id}".encode()))]
+    chain_ids = itertools.accumulate(diff_ids, lambda below, diff_id: digest_of(f"{below} {diff_id}".encode()))
+    return [store("layers", chain_id.partition(":")[2]) for chain_id in chain_ids]
 
 class Image:
     """A stored image: its JSON file, its config, its unpacked layers from the bottom up."""
@@ -698,7 +702,7 @@ class Image:
 
     @property
     def layers(self):
-        return [layer_path(chain_id) for chain_id in chain_ids(self.config["rootfs"]["diff_ids"])]
+        return layer_paths(self.config["rootfs"]["diff_ids"])
 
 def full_name(stored):
     """library/tomcat:9, or library/tomcat@sha256:…"""
@@ -853,9 +857,8 @@ class Unpacker:
                   f"a layer has a hard link '{path}' to '{target}', which is nowhere: this image is broken")
             os.link(target, path, follow_symlinks=False)
         else:
-            kind = {tarfile.FIFOTYPE: stat.S_IFIFO, tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK}
-            check(member.type in kind, f"a layer has '{member.name}' of unknown type: broken")
-            os.mknod(path, kind[member.type], os.makedev(member.devmajor, member.devminor))
+            check(member.isdev(), f"a layer has '{member.name}' of unknown type: broken")
+            (self.tar.makefifo if member.isfifo() else self.tar.makedev)(member, path)
 
     def enter(self, folder):
         """A directory in which something is to change: made, if the tar has it not (yet)."""
@@ -927,9 +930,9 @@ def unpack_layer(digest, diff_ids, directory):
     So a parent directory that the tar leaves out keeps its mode, a hard link finds its target, and what a
     whiteout removes becomes what overlayfs knows as one. → the first ten names
     """
-    *below, layer = map(layer_path, chain_ids(diff_ids))
+    *below, layer = layer_paths(diff_ids)
     # (The thread ends outside: an older C library loads something to end one, and must not take it from the image.)
-    with damage_explained(), open(blob_path(digest), "rb") as blob, futures.ThreadPoolExecutor(1) as thread:
+    with explained(*DAMAGED), open(blob_path(digest), "rb") as blob, futures.ThreadPoolExecutor(1) as thread:
         file = TarStream(checked(read_ahead(decompressed(blob), thread), diff_ids[-1]))
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar)
@@ -941,17 +944,6 @@ def unpack_layer(digest, diff_ids, directory):
         os.rename(f"{directory}/upper", layer)
     check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
     return unpacker.names
-
-@contextlib.contextmanager
-def damage_explained():
-    """Whatever a library makes of forged bytes is the layer's fault; but a full disk stays one."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (MockerError, ImportError)) or getattr(error, "errno", None) in FULL:
-            raise
-        reason = str(error)[:100] or type(error).__name__
-        raise MockerError(f"a layer is damaged, or no tar ({reason}): pull again, or tell who made it") from None
 
 # ── Pull ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1002,8 +994,8 @@ def fetch_layers(registry, layers, diff_ids, partial):
     after the other, chrooted into an overlay of the layers below. What is there already is not fetched again.
     See the OCI image-spec, layer.md. Look: ls ~/mocker/layers
     """
-    chain, authorization = chain_ids(diff_ids), registry.session.headers.get("Authorization")
-    missing = [n for n, layer in enumerate(layers) if not (is_stored(layer) and os.path.isdir(layer_path(chain[n])))]
+    places, authorization = layer_paths(diff_ids), registry.session.headers.get("Authorization")
+    missing = [n for n, layer in enumerate(layers) if not (is_stored(layer) and os.path.isdir(places[n]))]
     if not missing:
         return
     blobs = {layers[n]["digest"]: layers[n] for n in missing}  # two layers may have the same one
@@ -1075,7 +1067,6 @@ def pull(arguments):
     Names: hello-world   hello-world:latest   hello-world latest   library/hello-world
       127.0.0.1:5000/team/app:1.2   name@sha256:…
     """
-    need_root("pull")
     open_store()
     platform = arguments["--platform"]
     check(not platform or re.fullmatch(r"\w+/\w+(/\w+)?", platform),
@@ -1100,7 +1091,6 @@ def verify(arguments):
     Usage:
       mocker verify
     """
-    need_root("verify")
     status = 0
     for image in all_images():
         try:
@@ -1108,7 +1098,7 @@ def verify(arguments):
                 check(is_whole(document["digest"]), "its manifest or index is missing or damaged")
             for blob, diff_id, layer in zip(image.manifest["layers"], image.config["rootfs"]["diff_ids"], image.layers):
                 check(is_whole(blob["digest"]), f"blob {blob['digest'][:19]}… is missing or damaged")
-                with damage_explained(), open(blob_path(blob["digest"]), "rb") as file:
+                with explained(*DAMAGED), open(blob_path(blob["digest"]), "rb") as file:
                     collections.deque(checked(decompressed(file), diff_id), maxlen=0)  # only its check counts
                 os.listdir(layer)
             print(f"ok       {full_name(image.stored)}")
@@ -1321,7 +1311,7 @@ def held_journal(id):
     try:
         yield Journal(id)
     finally:
-        for number in forwarded():
+        for number in FORWARDED:
             signal.signal(number, signal.SIG_IGN)
         Journal(id).undo()
         sweep()
@@ -1399,7 +1389,7 @@ def mount_root(container):
     device node in there can be opened, wherever it came from.
     See the kernel's filesystems/overlayfs.rst. Look: ls ~/mocker/containers/ID/upper
     """
-    mount_overlay(container.image.layers[::-1], container.directory)
+    mount_overlay(container.layers, container.directory)
     if "overlay" not in container.parts:
         say("without overlay, all of the image is copied first")
         copied = run_tool(["cp", "-a", "../rootfs", "../copy"])
@@ -1735,7 +1725,6 @@ def create_bridge():
     add_address(BRIDGE, f"{subnet}.1")
     write_kernel_file(forward, "1")
     add_nat(subnet)
-    forward_beside_docker()
     return subnet
 
 def delete_network(id, address):
@@ -1743,8 +1732,7 @@ def delete_network(id, address):
     if container_ids() != [id] and f"veth0_{id}" in read_interfaces():  # the last one's goes with the bridge
         ask_kernel(f"ip link delete veth0_{id}", DELETE_LINK, {}, IFLA_IFNAME=f"veth0_{id}")
     if os.path.exists(f"{NETNS}/mocker_{id}"):
-        with contextlib.suppress(MockerError):  # it may not have been mounted yet
-            call("umount2", f"{NETNS}/mocker_{id}", MNT_DETACH)
+        attempt("call", "umount2", f"{NETNS}/mocker_{id}", MNT_DETACH)  # it may not have been mounted yet
         os.unlink(f"{NETNS}/mocker_{id}")
         tell(f"ip netns delete mocker_{id}")
         with contextlib.suppress(OSError):  # not told: ip-netns(8) would leave it
@@ -1808,9 +1796,7 @@ def add_nat(subnet):
               f"nat POSTROUTING -s {subnet}.0/24 ! -o {BRIDGE} -j MASQUERADE")]
     if not add_rules("mocker", rules, HOST.note):
         say("no NAT here, since neither nft nor iptables works: the container reaches this machine, but not beyond")
-
-def forward_beside_docker():
-    """Where Docker is, this machine forwards nothing but Docker's own, or what is allowed by name."""
+    # Where Docker is, this machine forwards nothing but Docker's own, or what is allowed by name.
     for tool, listed in list_iptables("filter").items():
         if "-P FORWARD DROP" in listed:
             ways = [f"filter FORWARD {way} {BRIDGE} -j ACCEPT" for way in ("-i", "-o")]
@@ -1849,11 +1835,10 @@ def publish_ports(container, undo):
 CGROUP = "/sys/fs/cgroup"
 
 def cgroup_version():
-    """2 if the unified tree is mounted there, 1 for a tree of controllers, 0 for none."""
-    return 2 if os.path.exists(f"{CGROUP}/cgroup.controllers") else int(os.path.exists(f"{CGROUP}/memory/tasks"))
-
-def need_cgroup(version):
-    check(version, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+    """2 if the unified tree is mounted there, 1 for a tree of controllers."""
+    version = 2 if os.path.exists(f"{CGROUP}/cgroup.controllers") else int(os.path.exists(f"{CGROUP}/memory/tasks"))
+    check(version, f"no cgroup file system is mounted: mount -t cgroup2 cgroup2 {CGROUP}")
+    return version
 
 def limits_of(container):
     """The limits asked for → {file: number}, as this cgroup version spells them."""
@@ -1873,7 +1858,7 @@ def create_cgroup(container, undo):
     nothing: this is the part that "Docker is just cgroups" is about.
     See man 7 cgroups. Look: cat /sys/fs/cgroup/mocker/ID/*.max
     """
-    need_cgroup(container.cgroup_version)
+    container.cgroup_version = cgroup_version()
     with locked(JOURNALS):
         container.cgroups = {1: groups_v1, 2: groups_v2}[container.cgroup_version](container.id)
     for directory in container.cgroups:
@@ -2097,10 +2082,7 @@ def filter_system_calls(container):
     make `su` useless in there: so it comes before the user.
     See man 2 seccomp. Look: grep Seccomp /proc/PID/status
     """
-    install_filter(seccomp_filter(container.capabilities if "caps" in container.parts else CAPABILITIES))
-
-def install_filter(program):
-    """prctl(PR_SET_SECCOMP): from here on, for this process and all that it starts."""
+    program = seccomp_filter(container.capabilities if "caps" in container.parts else CAPABILITIES)
     command = f"prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, a program of {len(program) // 8} instructions)"
     tell(command, by_hand=f"# {command}: no command does that")
     buffer = ctypes.create_string_buffer(program)
@@ -2167,12 +2149,9 @@ def find_entry(entries, key, kind, file):
 
 def read_colons(path, count):
     """Lines of /etc/passwd or /etc/group, as lists of fields. Any file may stand there: a FIFO, or a kernel's."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return []
-    text = os.read(handle, 1 << 20).decode(errors="replace") if stat.S_ISREG(os.fstat(handle).st_mode) else ""
-    os.close(handle)
+    text = ""
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), errors="replace") as file:
+        text = file.read(1 << 20) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else ""
     entries, ids = [line.split(":") for line in text.splitlines()], slice(2, 4 if count > 3 else 3)
     return [[*entry, ""] for entry in entries if len(entry) >= count and all(map(is_id, entry[ids]))]
 
@@ -2207,8 +2186,6 @@ def run(arguments):
       --without, --only: some of net,pid,mount,uts,ipc,cgroup,overlay,pivot_root,
       caps,seccomp,mask,user, to see what each is for; --only=chroot is none.
     """
-    need_root("run")
-    open_store()
     given = {**arguments, **{option: parse(option, arguments[option]) for option in FORMS if arguments[option]}}
     has_keys = os.isatty(0) or not (given["--tty"] and given["--interactive"])
     check(has_keys, "the input device is not a TTY: leave out -t")
@@ -2294,9 +2271,6 @@ def to_bytes(number, unit):
     size = int(number) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[unit.lower()]
     return size if size == 0 or 6 << 20 <= size < 1 << 63 else None
 
-def to_cpus(number):
-    return float(number) if 0.01 <= float(number) <= os.cpu_count() else None
-
 def to_volume(host, target, mode):
     """→ (host, container, read-only)"""
     is_allowed = os.path.normpath(target).strip("/") not in ("", "dev")  # a volume is nodev
@@ -2321,7 +2295,8 @@ FORMS = {
     "--workdir": (r"(/.*)", os.path.normpath, "an absolute path"),
     "--network": (r"(bridge|none|host)", str, "bridge, none or host"),
     "--memory": (r"(?i)(\d{1,19})([bkmg]?)b?", to_bytes, "a number and b, k, m or g, of 6MB or more, as in 512m"),
-    "--cpus": (r"(\d+\.?\d*|\.\d+)", to_cpus, f"a number from 0.01 to this machine's {os.cpu_count()} CPUs"),
+    "--cpus": (r"(\d+\.?\d*|\.\d+)", lambda number: float(number) if 0.01 <= float(number) <= os.cpu_count() else None,
+               f"a number from 0.01 to this machine's {os.cpu_count()} CPUs"),
     "--pids-limit": (r"-1|0|(\d{1,9})", lambda number: int(number or 0), "a number, as in 100"),
     "--volume": (r"([^:]+):(/[^:]*)(:ro|:rw)?", to_volume,
                  "host:container or host:container:ro, the latter as an absolute path, but not '/' or '/dev'"),
@@ -2344,7 +2319,7 @@ class Container:
 
     def __init__(self, given, image):
         """What the command line leaves open, the image's config says."""
-        config, self.image = image.config.get("config") or {}, image
+        config, self.image, self.layers = image.config.get("config") or {}, image, image.layers[::-1]
         self.id = os.urandom(4).hex()
         self.directory = store("containers", self.id)
         self.parts = choose_parts(given)
@@ -2358,7 +2333,7 @@ class Container:
         self.privileged, self.read_only, self.remove = given["--privileged"], given["--read-only"], given["--rm"]
         self.capabilities = choose_capabilities(given["--cap-add"], given["--cap-drop"], self.privileged)
         self.address = self.gateway = self.pid = self.console = None
-        self.holders, self.cgroups, self.cgroup_version = set(), [], cgroup_version()
+        self.holders, self.cgroups = set(), []
         names = [name for name in os.listdir("/dev") if name != "ptmx"] if self.privileged else DEVICES
         self.devices = {name: seen for name in names if stat.S_IFMT((seen := os.lstat(f"/dev/{name}")).st_mode)
                         in (stat.S_IFCHR, stat.S_IFBLK)}
@@ -2382,6 +2357,7 @@ def choose_parts(given):
 
 def find_image(name):
     """The stored image of that name; pulled if there is none."""
+    open_store()
     reference = Reference(name)
     if os.path.exists(store(reference.file)):
         image = Image(reference.file)
@@ -2393,9 +2369,8 @@ def find_image(name):
 def command_line(config, entrypoint, command):
     """Entrypoint, then the command given, or else the image's Cmd; a new entrypoint drops the Cmd."""
     if entrypoint is not None:
-        line = ([entrypoint] if entrypoint else []) + command
-    else:
-        line = (config.get("Entrypoint") or []) + (command or config.get("Cmd") or [])
+        config = {"Entrypoint": [entrypoint] * bool(entrypoint)}
+    line = (config.get("Entrypoint") or []) + (command or config.get("Cmd") or [])
     check(line, "no command specified, and the image names none: mocker run IMAGE COMMAND")
     return line
 
@@ -2455,7 +2430,7 @@ def start(container):
     See man 7 pid_namespaces. Look: ps -ef --forest
     """
     container.line, inner = socket.socketpair()
-    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # until forward_signals; none is the child's
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until forward_signals; none is the child's
     with coming_back("pid_for_children"), inner:
         if "pid" in container.parts:
             unshare("pid")
@@ -2592,8 +2567,6 @@ def attend(container):
 def end_others(container):
     """Without a pid namespace what it started is still there; what has lost its parent has become our child."""
     if "pid" not in container.parts:
-        for directory in container.cgroups:
-            end_members(directory)
         while orphans := read_kernel_file(f"/proc/self/task/{os.getpid()}/children").split():
             for pid in map(int, orphans):
                 os.kill(pid, signal.SIGKILL)
@@ -2604,10 +2577,10 @@ def start_relays(container, streams, copies):
     ways = [(source, target, copies) for source, target in zip(streams[1:], (1, 2))]
     ways += [(os.dup(0), target) for target in streams[:1] if container.takes_stdin]
     threads = [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
-    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded())  # for the threads: signals are the main one's
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # for the threads: signals are the main one's
     for thread in threads:
         thread.start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     return threads[: len(streams[1:])]
 
 def relay(source, target, copies=()):
@@ -2654,19 +2627,15 @@ def forward_signals(container, handle):
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL if len(urgent) > 2 else number)
 
-    for number in forwarded():
+    for number in FORWARDED:
         signal.signal(number, forward)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
 
 def has_begun(container):
     """Has the child become the program? Then its end of the line is closed (POLLHUP), whatever lies there unread."""
     poll = select.poll()
     poll.register(container.line, 0)
     return bool(poll.poll(0))
-
-def forwarded():
-    """The signals that mean the container, not mocker."""
-    return {*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
 
 def hang_up(terminal):
     """Ours is gone, so the container's goes too, and a shell in there finds its input at an end (man 2 vhangup)."""
@@ -2868,7 +2837,6 @@ def try_firewall():
 
 def look_at_cgroup():
     version = cgroup_version()
-    need_cgroup(version)
     there = read_kernel_file(f"{CGROUP}/cgroup.controllers").split() if version == 2 else os.listdir(CGROUP)
     missing = {"memory", "pids", "cpu"} - {*there}
     check(not missing, f"v{version}, without {', '.join(missing)}: that can't be limited; try "
@@ -2929,7 +2897,6 @@ def compare(arguments):
     Usage:
       mocker compare [<name>]
     """
-    need_root("compare")
     image = arguments["<name>"] or "busybox"
     find_image(image)
     probe = ["sh", "-c", PROBE, os.path.realpath(__file__), str(os.getpid())]  # a file and a process of the host
@@ -2961,7 +2928,6 @@ def clean(arguments):
     Options:
       --containers  also remove the directories of containers that have ended
     """
-    need_root("clean")
     with partial_directory():
         pass  # that removed what pulls left; what runs left, every command sweeps away before it begins
     for container in all_containers() if arguments["--containers"] else ():
@@ -2983,7 +2949,6 @@ def inspect(arguments):
     Usage:
       mocker inspect [--json] <name>
     """
-    need_root("inspect")
     name = arguments["<name>"]
     container = find_container(name)
     document = anatomy_of_container(container) if container else anatomy_of_image(name)
@@ -3047,7 +3012,7 @@ def anatomy_of_container(container):
     id, pid, directory = container["id"], container["pid"], store("containers", container["id"])
     facts = {key: container[key] for key in ("id", "name", "status", "exit_code", "image") if key in container}
     facts["command"] = shlex.join(container["arguments"])
-    root = {"upper": f"{directory}/upper", "layers": lower_layers(directory)}
+    root = {"upper": f"{directory}/upper", "layers": container["layers"]}  # the topmost first
     if facts["status"] != "running" or id not in container_ids():
         facts["status"] = facts["status"].replace("running", "killed")  # mocker was, and could not note it
         return {"container": facts, "root": root}
@@ -3065,12 +3030,6 @@ def anatomy_of_container(container):
             "privileges": {"seccomp": {"1": "strict", "2": "filter"}.get(status.get("Seccomp"), "none"),
                            "capabilities": capabilities_of("CapEff", pid), "bounding": capabilities_of("CapBnd", pid)},
         }
-
-def lower_layers(directory):
-    """The image's layers, as a container has them: the topmost first."""
-    folder = f"{directory}/lower"
-    numbers = sorted(os.listdir(folder), key=int) if os.path.isdir(folder) else []  # it may never have started
-    return [os.readlink(f"{folder}/{number}") for number in numbers]
 
 def network_of(pid, id):
     """What is inside, and on the host the other end of the wire, the bridge, and the NAT."""
@@ -3101,7 +3060,6 @@ def diff(arguments):
     Usage:
       mocker diff <container>
     """
-    need_root("diff")
     name = arguments["<container>"]
     container = find_container(name)
     check(container, f"no such container: {name[:100]}: see ls {store('containers')}")
@@ -3109,7 +3067,7 @@ def diff(arguments):
     unshare("mount")  # the layers alone are seen there, as it found them
     with explained(OSError, f"{name} can't be compared ({{}}): try again"), contextlib.ExitStack() as undo:
         scratch = undo.enter_context(partial_directory())
-        mount_overlay(lower_layers(directory), scratch)
+        mount_overlay(container["layers"], scratch)
         undo.callback(unmount, f"{scratch}/rootfs")
         found = changes(f"{directory}/upper", f"{scratch}/rootfs")
     for path in sorted(found):
@@ -3174,6 +3132,8 @@ def dispatch(argv):
     if function is not doctor:  # which must be able to say what it is that is missing
         set_story(arguments)
     sweep()
+    if function not in (images, serve, doctor):
+        need_root(name)
     return function(arguments)
 
 def interrupted(number, frame):
