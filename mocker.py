@@ -44,7 +44,9 @@ import sys
 
 __version__ = "1.0"
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-FORWARDED = {*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH}
+# The signals that mean the container: all but those of our own faults, children, pipes, and job control.
+FORWARDED = signal.valid_signals() - {getattr(signal, f"SIG{name}") for name in (
+    "KILL STOP CHLD PIPE SEGV BUS FPE ILL TSTP TTIN TTOU".split())}
 HOME = os.path.abspath(os.path.expanduser(os.environ.get("MOCKER_HOME") or "~/mocker"))
 
 class lazily:
@@ -83,7 +85,7 @@ cgroups, colorama, docopt, requests, tabulate, urllib3 = map(lazily, (
 QUIET, PLAIN, EXPLAIN = range(3)
 
 class story:
-    """How much is told, and where to. stdout is the container's; all but a script goes to stderr."""
+    """How much is told, and where to: to stderr, since stdout is the container's, or for what a command is to print."""
 
     level, output, style = PLAIN, 2, {}
     script = None  # with --by-hand: what is told goes in there
@@ -238,11 +240,11 @@ class Script:
 #  https://github.com/opencontainers/distribution-spec, …/image-spec
 
 # What we need of the documents: a pattern stands for text, "?" marks what may be missing.
-DIGEST, TEXT = "sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}", r"[^\0\ud800-\udfff]*"
+DIGEST, TEXT = "sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}", r"[^\0\ud800-\udfff]*"
 DESCRIPTOR = {"mediaType?": TEXT, "digest": DIGEST, "size": int}
 INDEX = {"manifests": [{**DESCRIPTOR, "platform?": {"os?": TEXT, "architecture?": TEXT, "variant?": TEXT}}]}
-MANIFEST = {"mediaType?": TEXT, "config": DESCRIPTOR, "layers": [DESCRIPTOR]}
-CONFIG = {"os?": TEXT, "architecture?": TEXT, "rootfs": {"diff_ids": [DIGEST]}, "history?": list,
+MANIFEST = {"mediaType?": TEXT, "config": DESCRIPTOR, "layers?": [DESCRIPTOR]}
+CONFIG = {"os?": TEXT, "architecture?": TEXT, "rootfs": {"diff_ids?": [DIGEST]}, "history?": list,
           "config?": {"Env?": [TEXT], "Entrypoint?": [TEXT], "Cmd?": [TEXT], "WorkingDir?": TEXT, "User?": TEXT}}
 
 DOCKER_HUB = "docker.io"
@@ -251,11 +253,13 @@ MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd
 MANIFEST_LIMIT = 4 << 20  # bytes, as Docker's
 TIMEOUT = 10, 30  # seconds to connect, seconds of silence, or $MOCKER_TIMEOUT
 ATTEMPTS = 4
-# A machine's platform, in the names of the specs, which are Go's.
-PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
+# An architecture by its other names → by that of the specs, which is Go's.
+ARCHITECTURES = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64", "armhf": "arm/v7", "armel": "arm/v6",
+                 "i386": "386"}
 # The grammar of https://github.com/distribution/reference
 COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-HOST = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
+LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+HOST = rf"(?:{LABEL}(?:\.{LABEL})*|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
 NAME = rf"({HOST})/({COMPONENT}(?:/{COMPONENT})*)"
 REFERENCE = rf"{NAME}(?::(\w[\w.-]{{0,127}}))?(?:@({DIGEST}))?"
 
@@ -298,8 +302,8 @@ class Registry:
 
     def __init__(self, reference, authorization=None, attempts=ATTEMPTS):
         self.reference, self.session = reference, requests.Session()
-        host, insecure = reference.host, os.environ.get("MOCKER_INSECURE", "").split(",")
-        plain = re.fullmatch(LOOPBACK, host) or host in insecure or re.sub(r":\d+$", "", host) in insecure
+        host, insecure = reference.host, re.split(r"[\s,]+", os.environ.get("MOCKER_INSECURE", "").lower())
+        plain = re.fullmatch(LOOPBACK, host) or {host.lower(), re.sub(r":\d+$", "", host).lower()} & {*insecure}
         self.base = f"{'http' if plain else 'https'}://{host}"
         if host == DOCKER_HUB:  # or a mirror of it
             self.base = (os.environ.get("MOCKER_HUB") or "https://registry-1.docker.io").rstrip("/")
@@ -314,18 +318,24 @@ class Registry:
         # A digest is of the bytes as they are stored, so no compression on the way.
         self.session.headers.update({"User-Agent": f"mocker/{__version__}", "Accept-Encoding": "identity",
                                      "Authorization": authorization})
-        patience = urllib3.util.Retry(attempts, read=1, backoff_factor=0.3, respect_retry_after_header=False)
-        for scheme in "https://", "http://":
-            self.session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=patience))
 
     def get(self, path, method="GET", **headers):
-        """A path of the repository, or a whole address → the answer, not yet read; MockerError if there is none."""
+        """A path of the repository, or a whole address → the answer, not yet read; MockerError if there is none.
+
+        A header that is None is not sent, even if the session has it.
+        """
         address = url.urljoin(f"{self.base}/v2/{self.reference.repository}/", path)
+        pauses = [0.3 * 2**n for n in range(self.attempts)]  # seconds before each new attempt
         try:
-            for turn in range(10):
-                response = self.send(address, method, headers)
-                challenge, wait = map(response.headers.get, ("WWW-Authenticate", "Retry-After"))
-                status = response.status_code
+            for _ in range(10):
+                try:
+                    response = self.send(address, method, headers)
+                except requests.ConnectionError as error:
+                    if isinstance(error, requests.exceptions.SSLError) or not pauses:
+                        raise
+                    time.sleep(pauses.pop(0))
+                    continue
+                status, challenge = response.status_code, response.headers.get("WWW-Authenticate")
                 if status in (200, 206):
                     return response
                 if status == 401 and challenge and "Authorization" not in headers:
@@ -334,10 +344,8 @@ class Registry:
                     here, address = address, url.urljoin(address, response.headers["Location"])
                     if url.urlsplit(here)[:2] != url.urlsplit(address)[:2]:
                         headers["Authorization"] = None  # another host gets no token, nor an answer to its challenge
-                elif status in (429, 503) and re.fullmatch("[0-9]|10", wait or ""):
-                    time.sleep(int(wait))
-                elif status in (500, 502, 503, 504) and turn < self.attempts:
-                    time.sleep(0.3 * 2**turn)
+                elif (status == 429 or status >= 500) and pauses and (asked_wait(response) or 0) <= 10:
+                    time.sleep(max(asked_wait(response) or 0, pauses.pop(0)))
                 else:
                     break
                 if status < 500:  # a fault's text may have no end
@@ -365,17 +373,17 @@ class Registry:
 
     def refusal(self, response):
         """A status that is no success → the line that says what to do."""
-        status, wait = response.status_code, response.headers.get("Retry-After", "")[:40]
+        status, wait = response.status_code, asked_wait(response)
         limit = re.fullmatch(r"(\d{1,9});w=(\d{1,9})", response.headers.get("ratelimit-limit", ""))
         allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
         advice = f"{self.reference} can't be had now, try again later"
         here = origin(response.url)
         # Which of the three it is depends on the registry, not on the reason; a CDN's says nothing of the image.
-        if status == 401 or status in (403, 404) and here == origin(self.base):
+        if status == 401 or status in (403, 404) and here == origin(self.base) and "/blobs/" not in response.url:
             advice = f"no such image: {self.reference}: check the name and the tag, or if it is private, {self.remedy}"
         elif status == 429:
-            advice = (f"too many pulls{allowed}, for all behind this address together: try again "
-                      f"{f'in {wait} s' if wait.isdigit() else 'later'}, docker login, or name a mirror in MOCKER_HUB")
+            advice = (f"too many pulls{allowed}, for all behind this address together: docker login, name a mirror in "
+                      f"MOCKER_HUB, or try again {'later' if wait is None else f'in {wait:.0f} s'}")
         elif response.is_redirect:
             advice = f"its redirects have no end: {self.reference} is not to be had there"
         return MockerError(f"{here} answers {status} {response.reason[:100]}: {advice}")
@@ -384,11 +392,10 @@ class Registry:
         """WWW-Authenticate (RFC 9110 §11.6.1) → an Authorization that satisfies it; a token may expire in mid-pull."""
         prove("the registry's challenge", challenge)
         login = find_login("index.docker.io" if self.host == "registry-1.docker.io" else self.host)
-        bearer = re.search(r"(?:^|,\s*)bearer\s+(.*)", challenge, re.I | re.S)
-        if not bearer:
+        asked = read_challenges(challenge).get("bearer")
+        if asked is None:
             check(login, f"{self.host} wants a name and a password: {self.remedy}")
             return login
-        asked = requests.utils.parse_dict_header(bearer[1])
         wanted = {"service": asked.get("service"), "scope": f"repository:{self.reference.repository}:pull"}
         realm = requests.Request("GET", asked.get("realm", ""), params=wanted).prepare().url
         raw = self.get(realm, Authorization=login).raw.read(MANIFEST_LIMIT)
@@ -398,6 +405,23 @@ class Registry:
         with contextlib.suppress(ValueError, IndexError):
             prove("the token's claims, decoded", base64.urlsafe_b64decode(token.split(".")[1] + "==").decode())
         return f"Bearer {token}"
+
+def read_challenges(header):
+    """Basic realm="a, b", Bearer realm=…,service=… → {scheme: {parameter: value}}, its names in lower case."""
+    found, parameters = {}, {}
+    pattern = r'([^\s,="]+)(?:\s*(=)\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*)))?'
+    for name, equals, quoted, token in re.findall(pattern, header):
+        if equals:
+            parameters.setdefault(name.lower(), re.sub(r"\\(.)", r"\1", quoted) or token)
+        else:
+            parameters = found.setdefault(name.lower(), {})
+    return found
+
+def asked_wait(response):
+    """Retry-After, which is a number or a date (RFC 9110 §10.2.3) → seconds; None if it doesn't say."""
+    with contextlib.suppress(KeyError, ValueError, OverflowError, urllib3.exceptions.HTTPError):
+        return min(urllib3.util.Retry().parse_retry_after(response.headers["Retry-After"]), 10**9)
+    return None
 
 def setting(variable, default):
     """A number from the environment."""
@@ -425,17 +449,17 @@ def find_login(host):
     config = parse_json(raw, {"auths?": dict, "credHelpers?": dict, "credsStore?": TEXT}, what)
     server = f"https://{host}/v1/" if host == "index.docker.io" else host
     helper = (config.get("credHelpers") or {}).get(server) or config.get("credsStore")
-    if helper:
-        answer = ask_tool([f"docker-credential-{helper}", "get"], server) or "{}"
+    answer = ask_tool([f"docker-credential-{helper}", "get"], server) if helper else None
+    spelt = re.compile(rf"(https?://)?{re.escape(host)}(/.*)?")  # docker has written any of these
+    entry = next((entry for name, entry in (config.get("auths") or {}).items() if spelt.fullmatch(name)), {})
+    if answer:
         found = parse_json(answer, {}, f"docker-credential-{helper}")
-        pair = f"{found.get('Username')}:{found['Secret']}" if "Secret" in found else ""
-        login = base64.b64encode(pair.encode()).decode()
-    else:
-        spelt = re.compile(rf"(https?://)?{re.escape(host)}(/.*)?")  # docker has written any of these
-        entries = [entry for name, entry in (config.get("auths") or {}).items() if spelt.fullmatch(name)]
-        with explained((TypeError, ValueError), f"the entry of {host} in {what} is damaged: docker login {host}"):
-            login = dict(entries[0]).get("auth", "") if entries else ""
-            base64.b64decode(login, validate=True)
+        entry = {"username": found.get("Username"), "password": found.get("Secret")}
+    with explained((TypeError, ValueError), f"the entry of {host} in {what} is damaged: docker login {host}"):
+        entry = dict(entry)
+        pair = f"{entry.get('username')}:{entry['password']}" if entry.get("password") else ""
+        login = entry.get("auth") or base64.b64encode(pair.encode()).decode()
+        base64.b64decode(login, validate=True)
     return f"Basic {login}" if login else None
 
 def run_tool(command):
@@ -458,7 +482,8 @@ def ask_tool(command, text=None):
 def parse_json(raw, shape, what):
     """From outside → a document of that shape; MockerError if it is anything else."""
     with explained((ValueError, RecursionError), f"{what} is not JSON: a broken registry, or another answers for it"):
-        return check_shape(json.loads(raw), shape, what)
+        text = raw if isinstance(raw, str) else raw.decode()
+        return check_shape(json.loads(text, parse_constant=int), shape, what)  # NaN is no number in JSON, nor for int
 
 def check_shape(value, shape, what):
     """`value`, if it is as the spec says: {"key": shape}, [shape], a type or a pattern. Nothing is guessed at."""
@@ -466,11 +491,13 @@ def check_shape(value, shape, what):
     names = {dict: "an object", list: "a list", str: "valid text", int: "a number"}
     check(type(value) is kind and (kind is not int or value in range(1 << 63))
           and (kind is not str or re.fullmatch(shape, value)),
-          f"{what} should be {names[kind]}, and is not: it is broken, or something else")  # which may be a secret
+          f"{what} should be {names[kind]}, and is not: it is broken, or something else")  # (maybe a secret)
     for key, inner in shape.items() if isinstance(shape, dict) else ():
         name = key.rstrip("?")
         if name == key or value.get(name) is not None:
             check_shape(value.get(name), inner, f"{what}'s {name}")
+        elif isinstance(inner, list):
+            value[name] = []  # an empty list is left out, or null, where a program in Go wrote it
     for item in value if isinstance(shape, list) else ():
         check_shape(item, shape[0], f"an entry of {what}")
     return value
@@ -506,16 +533,21 @@ def fetch_manifest(registry, version):
           f"{registry.reference} is in the old schema 1 format, which Docker dropped, too: pull a newer tag")
     return manifest, {"digest": save_blob(raw, digest or digest_of(raw)), "size": len(raw), "mediaType": kind}
 
+def platform_name(system, architecture, variant=""):
+    """As docker writes it: linux, aarch64 → linux/arm64; linux, arm → linux/arm/v7"""
+    name = "/".join(filter(None, (system, ARCHITECTURES.get(architecture.lower(), architecture), variant))).lower()
+    return re.sub("/arm$", "/arm/v7", re.sub("/(amd64/v1|arm64/v8)$", lambda same: same[0][:-3], name))
+
 def choose_platform(index, wanted, what):
-    """The digest for a platform. An attestation (unknown/unknown) is none; arm64 means arm64/v8."""
+    """The digest for a platform. An attestation (unknown/unknown) is none."""
     there = {}
     for entry in check_shape(index, INDEX, what)["manifests"]:
         platform = entry.get("platform") or {}
-        name = "/".join(platform[key] for key in ("os", "architecture", "variant") if platform.get(key))
+        name = platform_name(*(platform.get(key) or "" for key in ("os", "architecture", "variant")))
         if not name.startswith("unknown"):
-            there.setdefault(re.sub("arm64$", "arm64/v8", name), entry["digest"])
+            there.setdefault(name, entry["digest"])
     older = [re.sub("v[67]$", f"v{n}", wanted) for n in (6, 5) if wanted.startswith("linux/arm/")]
-    for name in (re.sub("arm64$", "arm64/v8", wanted), *older, ""):  # the last is an entry without a platform
+    for name in (wanted, *older, ""):  # the last is an entry without a platform
         if name in there:
             prove(f"the index's platforms: {', '.join(there)}; chosen", name)
             return there[name]
@@ -564,7 +596,8 @@ def fetch_blob(registry, blob, partial):
         while file.tell() < size and idle < ATTEMPTS:
             offset = file.tell()
             response = registry.get(f"blobs/{digest}", **({"Range": f"bytes={offset}-"} if offset else {}))
-            if response.status_code != 206:
+            part = response.headers.get("Content-Range", f"bytes {offset}-")
+            if response.status_code != 206 or not part.startswith(f"bytes {offset}-"):
                 file.truncate(file.seek(0))
             try:
                 for piece in pieces(response.raw, 1 << 14):  # what has come of one is lost if the rest doesn't
@@ -604,7 +637,10 @@ def blob_path(digest):
 def is_whole(digest):
     """Is the blob here, and still what its digest says? One that went bad goes, for the next pull to fetch again."""
     with contextlib.suppress(FileNotFoundError), open(blob_path(digest), "rb") as file:
-        return digest_of(file, digest) == digest or os.unlink(file.name)
+        if digest_of(file, digest) == digest:
+            return True
+        os.unlink(file.name)
+    return False
 
 def read_blob(digest):
     """A small one (manifest or config), checked again; None if it is not here."""
@@ -629,7 +665,7 @@ def write_file(path, content):
 
 def open_store():
     """Its directories, for root alone, since images have setuid programs. Layers need whiteouts, which an overlay
-    keeps for itself; but what else is / inside docker?"""
+    keeps for itself; and / inside docker is one."""
     probe = store(f"{os.urandom(6).hex()}.probe")
     with explained(OSError, f"{HOME} can't be the store: {{}}: choose another MOCKER_HOME"):
         os.makedirs(HOME, exist_ok=True)
@@ -642,6 +678,10 @@ def open_store():
         mount("tmpfs", HOME, "tmpfs", "nodev,mode=755")
     for part in "layers", "containers", "partial":
         os.makedirs(store(part), mode=0o700, exist_ok=True)
+    if not os.path.exists(store("index.json")):
+        os.makedirs(store("blobs", "sha256"), exist_ok=True)
+        with locked(HOME):
+            write_index()
 
 @contextlib.contextmanager
 def locked(directory, how=fcntl.LOCK_EX):
@@ -656,7 +696,7 @@ def locked(directory, how=fcntl.LOCK_EX):
 
 @contextlib.contextmanager
 def partial_directory():
-    """For one pull's unfinished work. What killed pulls left is removed first, unless another is under way."""
+    """For a command's unfinished work. What killed pulls left is removed first, unless another is under way."""
     with contextlib.suppress(BlockingIOError), locked(store("partial"), fcntl.LOCK_EX | fcntl.LOCK_NB):
         for name in os.listdir(store("partial")):
             remove_tree(store("partial", name))
@@ -709,7 +749,7 @@ def full_name(stored):
     return f"{stored['name']}{'@' if ':' in stored['version'] else ':'}{stored['version']}"
 
 def all_images():
-    files = os.listdir(HOME) if os.path.isdir(HOME) else []
+    files = os.listdir(HOME) if os.path.exists(HOME) else []
     return [Image(file) for file in sorted(files) if file.endswith(".json") and file != "index.json"]
 
 # ── Unpacking a layer ──────────────────────────────────────────────────────────────────────────────
@@ -818,8 +858,9 @@ class Unpacker:
             self.tar.members.clear()  # or tarfile keeps them all
             check(not {*self.tar.pax_headers} & {*tarfile.PAX_FIELDS},
                   "a layer has a global header for all its files, which docker would ignore: broken, or a trick")
-            self.names = [*self.names, member.name][:10]
-            self.place(member, rooted(member.name))
+            name = member.pax_headers.get("GNU.sparse.name", member.name)  # which tarfile forgets for a longer path
+            self.names = [*self.names, name][:10]
+            self.place(member, rooted(name))
         # tarfile takes a damaged header for the end, which is two blocks of zeros.
         check(not (file.last + file.read(512)).strip(b"\0"), "a layer has a damaged header: pull again")
         file.seek(sys.maxsize)  # to the real end, where the diff_id is checked
@@ -915,12 +956,16 @@ def set_metadata(path, member):
     os.chown(path, member.uid, member.gid, follow_symlinks=False)
     if not member.issym():
         os.chmod(path, member.mode & 0o7777)
-    for key, value in member.pax_headers.items():
-        if key.startswith("SCHILY.xattr.") and not key.startswith("SCHILY.xattr.trusted."):  # those are overlayfs' own
-            with contextlib.suppress(OSError):  # as docker: a file system may lack them
-                raw = value.encode("utf-8", "surrogateescape")
-                os.setxattr(path, key[len("SCHILY.xattr.") :], raw, follow_symlinks=False)
-    stamp = int(min(max(member.mtime, 0), 2**33) * 1_000_000_000)
+    xattrs = {key[len("SCHILY.xattr.") :]: value for key, value in member.pax_headers.items()
+              if key.startswith("SCHILY.xattr.") and value and ".trusted." not in key}  # those are overlayfs' own
+    for name in os.listxattr(path) if member.isdir() else ():  # of the layer below, if the directory was there
+        if name not in xattrs:
+            os.removexattr(path, name)
+    for name, value in xattrs.items():
+        with contextlib.suppress(OSError):  # as docker: a file system may lack them
+            os.setxattr(path, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
+    seconds, _, fraction = member.pax_headers.get("mtime", str(member.mtime)).partition(".")  # a float has no ns
+    stamp = min(max(int(seconds) * 10**9 + int(fraction[:9].ljust(9, "0")), 0), 2**63 - 1)
     os.utime(path, ns=(stamp, stamp), follow_symlinks=False)
     return stamp
 
@@ -974,7 +1019,7 @@ def draw_progress(blob, partial):
 
 @contextlib.contextmanager
 def workers(count):
-    """Processes, not threads: each has a root directory of its own. None outlives the pull, however that ends."""
+    """Processes, not threads: who unpacks has a root directory of its own. None outlives us, however that ends."""
     pool = futures.ProcessPoolExecutor(count, multiprocessing.get_context("fork"), be_worker, [os.getpid()])
     try:
         yield pool
@@ -997,6 +1042,7 @@ def fetch_layers(registry, layers, diff_ids, partial):
     places, authorization = layer_paths(diff_ids), registry.session.headers.get("Authorization")
     missing = [n for n, layer in enumerate(layers) if not (is_stored(layer) and os.path.isdir(places[n]))]
     if not missing:
+        say("Nothing to fetch: all of it is here")
         return
     blobs = {layers[n]["digest"]: layers[n] for n in missing}  # two layers may have the same one
     with workers(3) as fetchers, workers(1) as unpacker:
@@ -1015,7 +1061,7 @@ def fetch_layers(registry, layers, diff_ids, partial):
 def pull_image(reference, platform=None):
     """From a name to a stored image: manifest, config, layers. → Image"""
     say(f"Fetching manifest for {str(reference).removeprefix('library/')}...")
-    registry, wanted = Registry(reference), platform or PLATFORMS[os.uname().machine]
+    registry, wanted = Registry(reference), platform or platform_name("linux", os.uname().machine)
     with partial_directory() as partial:
         found = find_manifest(registry, wanted)
         config = fetch_config(registry, found["manifest"], partial)
@@ -1026,15 +1072,15 @@ def pull_image(reference, platform=None):
         fetch_layers(registry, found["manifest"]["layers"], config["rootfs"]["diff_ids"], partial)
     stored = {"name": reference.name, "version": reference.version, **found}
     with locked(HOME):
-        write_index({**{image.file: image.stored for image in all_images()}, reference.file: stored})
+        write_index({reference.file: stored})
         write_file(store(reference.file), stored)
     return Image(reference.file)
 
-def write_index(images):
-    """index.json (OCI image-spec, image-layout.md), made anew for the stored images."""
+def write_index(added=()):
+    """index.json (OCI image-spec, image-layout.md), made anew for the stored images and those {file: …} added."""
     write_file(store("oci-layout"), {"imageLayoutVersion": "1.0.0"})
     manifests = []
-    for image in images.values():
+    for image in {**{image.file: image.stored for image in all_images()}, **dict(added)}.values():
         if all(map(is_stored, image["manifest"]["layers"])):  # or it waits until it is pulled again
             annotations = {"org.opencontainers.image.ref.name": full_name(image)}
             manifests.append({**oci_manifest(image), "annotations": annotations})
@@ -1069,9 +1115,9 @@ def pull(arguments):
     """
     open_store()
     platform = arguments["--platform"]
-    check(not platform or re.fullmatch(r"\w+/\w+(/\w+)?", platform),
+    check(not platform or re.fullmatch(r"\w+/[\w-]+(/\w+)?", platform),
           f"invalid platform '{platform}': write os/architecture, as in linux/arm64 or linux/arm/v7")
-    pull_image(Reference(arguments["<name>"], arguments["<tag>"]), platform)
+    pull_image(Reference(arguments["<name>"], arguments["<tag>"]), platform and platform_name(*platform.split("/")))
 
 def images(arguments):
     """List the images that are here: name, version, size of the download, file.
@@ -1084,20 +1130,25 @@ def images(arguments):
     print(tabulate.tabulate(rows, headers=("name", "version", "size", "file"), tablefmt="pretty", stralign="left"))
 
 def verify(arguments):
-    """Check every image again: each blob against its digest, what it unpacks to against its diff_id.
+    """Check all again: each blob against its digest, what a layer unpacks to against its diff_id.
 
     What was unpacked is not compared, only looked for. `rm -r ~/mocker/layers` and a pull unpack it all again.
 
     Usage:
       mocker verify
     """
-    status = 0
+    open_store()
+    digests = [f"{kind}:{name}" for kind in os.listdir(store("blobs")) for name in os.listdir(store("blobs", kind))]
+    damaged = [digest for digest in digests if not is_whole(digest)]
+    for digest in damaged:
+        print(f"DAMAGED  blob {digest}")
+    status = int(bool(damaged))
     for image in all_images():
         try:
             for document in filter(None, (image.stored, image.stored.get("index"))):
-                check(is_whole(document["digest"]), "its manifest or index is missing or damaged")
+                check(is_stored(document), "its manifest or index is missing or damaged")
             for blob, diff_id, layer in zip(image.manifest["layers"], image.config["rootfs"]["diff_ids"], image.layers):
-                check(is_whole(blob["digest"]), f"blob {blob['digest'][:19]}… is missing or damaged")
+                check(is_stored(blob), f"blob {blob['digest'][:19]}… is missing or damaged")
                 with explained(*DAMAGED), open(blob_path(blob["digest"]), "rb") as file:
                     collections.deque(checked(decompressed(file), diff_id), maxlen=0)  # only its check counts
                 os.listdir(layer)
@@ -1105,6 +1156,8 @@ def verify(arguments):
         except (MockerError, FileNotFoundError) as error:
             print(f"DAMAGED  {full_name(image.stored)}: {error}: pull it again")
             status = 1
+    with locked(HOME):
+        write_index()
     return status
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
@@ -1332,7 +1385,7 @@ def sweep():
                 HOST.undo()
 
 def attempt(name, *arguments):
-    """Undo by a primitive what may be gone by now, or in use by somebody else."""
+    """A primitive by its name, as the journal has it, on what may be gone by now, or in use by somebody else."""
     with contextlib.suppress(OSError, MockerError):
         globals()[name](*arguments)
 
@@ -1410,7 +1463,6 @@ def mount_overlay(layers, directory):
         return mount("../upper", "../rootfs", "", "bind,nodev")
     for number, layer in enumerate(layers):
         make_link(layer, str(number))  # short names: overlayfs' options must fit in one page
-    copy_metadata("0", "../upper")  # the root directory itself is seen as the upper's
     lower = ":".join(map(str, range(len(layers))))
     return mount("overlay", "../rootfs", "overlay", f"{FEATURES},lowerdir={lower},upperdir=../upper,workdir=../work")
 
@@ -1423,14 +1475,15 @@ def take_along(container):
     See man 2 open_tree.
     """
     etc = [(f"{container.directory}/{name}", f"/etc/{name}", container.read_only) for name in ETC_FILES]
-    parcels = []
+    parcels, devices = [], [like.st_rdev for like in container.devices.values()]  # that it has anyway
     outer_first = sorted(etc + container.volumes, key=lambda row: os.path.normpath(row[1]).count("/"))
     for source, target, read_only in outer_first:
         handle = call("open_tree", AT_FDCWD, source, OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC, what=source)
-        flags = MOUNT_FLAGS["nodev"] + MOUNT_FLAGS["ro"] * read_only  # mount_setattr has the same numbers
+        options = ["nodev"] * (os.fstat(handle).st_rdev not in devices) + ["ro"] * read_only
+        flags = sum(MOUNT_FLAGS[word] for word in options)  # mount_setattr has the same numbers
         with contextlib.suppress(MockerError):  # before Linux 5.12 only the topmost mount gets them, later on
             call("mount_setattr", handle, "", AT_EMPTY_PATH | AT_RECURSIVE, struct.pack("4Q", flags, 0, 0, 0), 32)
-        parcels.append((handle, source, target, read_only))
+        parcels.append((handle, source, target, options))
     return parcels
 
 @step()
@@ -1510,7 +1563,7 @@ def unpack_parcels(container, parcels):
     The places are looked up in the new root, so that no symlink of the image can lead out of it.
     See man 2 move_mount.
     """
-    for handle, source, target, read_only in parcels:
+    for handle, source, target, options in parcels:
         target = "." + os.path.realpath(target)  # also where a dangling symlink points
         directory = stat.S_ISDIR(os.fstat(handle).st_mode)
         make_directory(target if directory else os.path.dirname(target))
@@ -1519,9 +1572,9 @@ def unpack_parcels(container, parcels):
         call("move_mount", handle, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH, what=target)
         tell(shlex.join(["mount", "--rbind", source, target]))
         os.close(handle)
-        flags = os.statvfs(target).f_flag | MOUNT_FLAGS["ro"] * read_only  # those of the host's mount stay
-        kept = [word for word in ("ro", "nosuid", "noexec") if flags & MOUNT_FLAGS[word]]
-        mount("none", target, "", ",".join(["remount", "bind", "nodev", *kept]))
+        flags = os.statvfs(target).f_flag  # those of the host's mount stay
+        kept = [word for word in ("nodev", "ro", "nosuid", "noexec") if word in options or flags & MOUNT_FLAGS[word]]
+        mount("none", target, "", ",".join(["remount", "bind", *kept]))
 
 @step()
 def mount_proc(container):
@@ -1531,6 +1584,9 @@ def mount_proc(container):
     See man 5 proc. Look: ps, in the container
     """
     mount_at("proc", "proc", "proc", HARMLESS)
+    mtab = "." + os.path.realpath("/etc/mtab")
+    if not os.path.lexists(mtab):
+        make_link("/proc/mounts", mtab)
 
 @step("mask")
 def mask_paths(container):
@@ -1548,22 +1604,12 @@ def mask_paths(container):
         else:
             mount("dev/null", path, "", "bind")
 
-def copy_metadata(source, target):
-    """Owner, mode, times and xattrs, but for overlayfs' own."""
-    seen = os.stat(source)
-    os.chown(target, seen.st_uid, seen.st_gid)
-    os.chmod(target, stat.S_IMODE(seen.st_mode))
-    os.utime(target, ns=(seen.st_atime_ns, seen.st_mtime_ns))
-    for name in os.listxattr(source):
-        if not name.startswith("trusted.overlay."):
-            os.setxattr(target, name, os.getxattr(source, name))
-    tell("; ".join(f"{tool} --reference={source} {target}" for tool in ("chown", "chmod", "touch")))
-
 def write_etc(container):
     """hosts, hostname and resolv.conf, as docker writes them, to be mounted over the image's."""
     hosts = ("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n"
              "ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
-    hosts += f"{container.address}\t{container.hostname}\n" if container.address else ""
+    names = dict.fromkeys((container.hostname, container.hostname.partition(".")[0]))
+    hosts += f"{container.address}\t{' '.join(names)}\n" if container.address else ""
     resolver = read_kernel_file("/etc/resolv.conf")
     if container.network == "host":
         hosts = read_kernel_file("/etc/hosts") + "\n"
@@ -1715,6 +1761,7 @@ def create_bridge():
     for interface, network, _ in routes:
         if interface == BRIDGE:
             return str(network[0]).rpartition(".")[0]
+    check(BRIDGE not in read_interfaces(), f"{BRIDGE} is here and has no address, so it is not mocker's: rename it")
     subnet, forward = free_subnet(routes), "/proc/sys/net/ipv4/ip_forward"
     if subnet != SUBNETS[0]:
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
@@ -1806,10 +1853,14 @@ def publish_ports(container, undo):
     """-p: what arrives at a port of this machine is sent on to the container."""
     rules = []
     for address, outer, inner, protocol in container.ports:
-        # A socket keeps others from the port for as long as the container runs.
+        # A socket keeps others from the port for as long as the container runs. SO_REUSEADDR: of a server that was
+        # there before, connections may be waiting for their end.
         holder = socket.socket(socket.AF_INET, {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}[protocol])
         with explained(OSError, f"port {address}:{outer} can't be published ({{}}): choose another"):
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, protocol == "tcp")
             holder.bind((address, outer))
+            if protocol == "tcp":
+                holder.listen()
         container.holders.add(holder)
         at, to = address.replace("0.0.0.0", "0.0.0.0/0"), f"{container.address}:{inner}"
         rules += [(f"type nat hook {hook} priority -100; "
@@ -1833,10 +1884,12 @@ def publish_ports(container, undo):
 #  v1, a tree for each controller:  /sys/fs/cgroup/{memory,cpu,pids,…}/root/mocker_<id>/tasks
 
 CGROUP = "/sys/fs/cgroup"
+CONTROLLERS = "memory", "pids", "cpu"
 
 def cgroup_version():
     """2 if the unified tree is mounted there, 1 for a tree of controllers."""
-    version = 2 if os.path.exists(f"{CGROUP}/cgroup.controllers") else int(os.path.exists(f"{CGROUP}/memory/tasks"))
+    trees = [name for name in CONTROLLERS if os.path.exists(f"{CGROUP}/{name}/tasks")]
+    version = 2 if os.path.exists(f"{CGROUP}/cgroup.controllers") else int(bool(trees))
     check(version, f"no cgroup file system is mounted: mount -t cgroup2 cgroup2 {CGROUP}")
     return version
 
@@ -1844,7 +1897,8 @@ def limits_of(container):
     """The limits asked for → {file: number}, as this cgroup version spells them."""
     memory, pids = container.memory, container.pids_limit
     quota = container.cpus and int(container.cpus * 100_000)  # microseconds of each 100,000
-    wanted = {1: {"memory.memsw.limit_in_bytes": 2 * memory, "pids.max": pids, "cpu.cfs_quota_us": quota},
+    wanted = {1: {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes": 2 * memory, "pids.max": pids,
+                  "cpu.cfs_quota_us": quota},
               2: {"memory.max": memory, "memory.swap.max": memory, "pids.max": pids, "cpu.max": quota}}
     return {name: number for name, number in wanted[container.cgroup_version].items() if number}
 
@@ -1864,15 +1918,13 @@ def create_cgroup(container, undo):
     for directory in container.cgroups:
         undo.note(delete_cgroup, directory)
         make_directory(directory)
-    if container.memory and container.cgroup_version == 1:
-        limit_memory_v1(container)
     for name, number in limits_of(container).items():
         path = next(filter(os.path.exists, (f"{directory}/{name}" for directory in container.cgroups)), None)
+        check(path or re.search("swap|memsw", name),  # without swap there is none to limit
+              f"the cgroups here have no {name}: enable the controller, or leave the limit out")
         if path:
-            write_kernel_file(path, number)
+            (limit_memory_v1 if name == "memory.limit_in_bytes" else write_kernel_file)(path, number)
             prove(f"cat {path}", read_kernel_file(path))
-        # Without swap there is none to limit.
-        check(path or "sw" in name, f"the cgroups here have no {name}: enable the controller, or leave the limit out")
 
 def groups_v2(id):
     """One directory; those above it must pass the controllers on."""
@@ -1885,7 +1937,7 @@ def pass_on(directory):
     """Let the directories below have controllers, too (man 7 cgroups, "subtree_control")."""
     passed, aside = f"{directory}/cgroup.subtree_control", f"{directory}/mocker_aside"
     there, on = read_kernel_file(f"{directory}/cgroup.controllers").split(), read_kernel_file(passed).split()
-    missing = [name for name in ("memory", "pids", "cpu") if name in there and name not in on]
+    missing = [name for name in CONTROLLERS if name in there and name not in on]
     # A group with processes can't, unless it is the root of the tree, which has no type. In a container what looks
     # like the root is none, and has some: they move aside, as Docker's own docker-in-docker does it.
     if missing and os.path.exists(f"{directory}/cgroup.type") and read_kernel_file(f"{directory}/cgroup.procs"):
@@ -1909,11 +1961,11 @@ def groups_v1(id):
     return [f"{CGROUP}/{name}/root/mocker_{id}" for name in names if not os.path.islink(f"{CGROUP}/{name}")
             and os.path.exists(f"{CGROUP}/{name}/tasks") and not os.path.exists(f"{CGROUP}/{name}/cpuset.cpus")]
 
-def limit_memory_v1(container):
-    """By the `cgroups` package, which knows v1 alone."""
+def limit_memory_v1(path, number):
+    """By the `cgroups` package, which knows v1 alone, and a group by the name of its directory."""
     logging.getLogger("cgroups.user").setLevel(logging.ERROR)
-    cgroups.Cgroup(f"mocker_{container.id}", user="root").set_memory_limit(container.memory, "bytes")
-    tell(f"echo {container.memory} > {CGROUP}/memory/root/mocker_{container.id}/memory.limit_in_bytes")
+    cgroups.Cgroup(path.split("/")[-2], user="root").set_memory_limit(number, "bytes")
+    tell(f"echo {number} > {path}")
 
 @step("cgroup")
 def join_cgroup(container):
@@ -1937,7 +1989,7 @@ def mount_cgroups(container, shown):
         mount("cgroup", target, "cgroup2", shown)
         return
     mount("tmpfs", target, "tmpfs", f"{HARMLESS},mode=755")
-    for name in (directory.split("/")[4] for directory in container.cgroups):
+    for name in (directory.split("/")[4] for directory in container.cgroups):  # /sys/fs/cgroup/NAME/…
         mount_at("cgroup", f"{target}/{name}", "cgroup", f"{shown},{'name=' * (name == 'systemd')}{name}")
         for controller in name.split(",") if "," in name else ():  # where programs look for it
             make_link(name, f"{target}/{controller}")
@@ -2124,15 +2176,15 @@ def set_capabilities(names):
 def find_user(text):
     """-u, or the image's User, looked up in the image's own files → uid, gids, home"""
     name, _, group = text.partition(":")
-    groups = read_colons("/etc/group", 3)
-    account = find_entry(read_colons("/etc/passwd", 6), name or "0", "user", "passwd")
-    uid, gids, home = int(account[2] if account else name or 0), [0], account[5] if account else "/"
+    groups = read_colons("/etc/group")
+    account = find_entry(read_colons("/etc/passwd"), name or "0", "user", "passwd")
+    uid, gids, home = int(account[2] if account else name or 0), [0], account and account[5] or "/"
     if group:
         entry = find_entry(groups, group, "group", "group")
         gids = [int(entry[2] if entry else group)]
     elif account:
         more = [int(entry[2]) for entry in groups if account[0] in entry[3].split(",")]
-        gids = list(dict.fromkeys([int(account[3]), *more]))
+        gids = list(dict.fromkeys([int(account[3] if is_id(account[3]) else 0), *more]))
     check(all(number < 2**31 for number in (uid, *gids)), "uids and gids must be in range 0-2147483647")
     return uid, gids, home
 
@@ -2147,16 +2199,18 @@ def find_entry(entries, key, kind, file):
     check(is_id(key), f"unable to find {kind} {key}: no matching entries in {file} file")
     return None
 
-def read_colons(path, count):
-    """Lines of /etc/passwd or /etc/group, as lists of fields. Any file may stand there: a FIFO, or a kernel's."""
+def read_colons(path):
+    """Lines of /etc/passwd or /etc/group, as lists of fields, which may be short of some. Any file may stand there:
+    a FIFO, or a kernel's."""
     text = ""
     with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), errors="replace") as file:
         text = file.read(1 << 20) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else ""
-    entries, ids = [line.split(":") for line in text.splitlines()], slice(2, 4 if count > 3 else 3)
-    return [[*entry, ""] for entry in entries if len(entry) >= count and all(map(is_id, entry[ids]))]
+    entries = [[*line.strip().split(":"), *[""] * 6] for line in text.splitlines()]
+    return [entry for entry in entries if is_id(entry[2])]
 
 # ═══ run: the chapters above, in order ═══════════════════════════════════════════════════════════
 
+# As /proc/PID/ns has them
 NAMESPACES = ("mnt", "uts", "ipc", "pid", "net", "cgroup", "user")
 PARTS = ("net", "pid", "mount", "uts", "ipc", "cgroup", "overlay", "pivot_root", "caps", "seccomp", "mask", "user")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -2169,7 +2223,7 @@ def run(arguments):
                  [--cap-add=CAP]... [--cap-drop=CAP]... [--name=N] [--hostname=N]
                  [--network=N] [--cpus=N] [--entrypoint=PROGRAM] [--pids-limit=N]
                  [--without=P | --only=P] [--read-only] [--privileged] [--explain]
-                 [--step] [--by-hand] [--rm] <name> [<command>...]
+                 [--step] [--by-hand] [--rm] [--] <name> [<command>...]
 
     Options:
       -i, --interactive   keep stdin open          --rm          remove it later
@@ -2186,7 +2240,9 @@ def run(arguments):
       --without, --only: some of net,pid,mount,uts,ipc,cgroup,overlay,pivot_root,
       caps,seccomp,mask,user, to see what each is for; --only=chroot is none.
     """
-    given = {**arguments, **{option: parse(option, arguments[option]) for option in FORMS if arguments[option]}}
+    given = {**arguments, **{name: parse(name, arguments[name]) for name in FORMS if arguments[name] is not None}}
+    targets = [target for _, target, _ in given["--volume"]]
+    check(len(targets) == len({*targets}), "invalid --volume: two have the same place in the container")
     has_keys = os.isatty(0) or not (given["--tty"] and given["--interactive"])
     check(has_keys, "the input device is not a TTY: leave out -t")
     container = Container(given, find_image(given["<name>"]))  # pulled only now that all of this is right
@@ -2267,14 +2323,18 @@ def inside(container):
 # ── What the command line says ─────────────────────────────────────────────────────────────────────
 
 def to_bytes(number, unit):
-    """512, m → 536870912"""
-    size = int(number) << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30}[unit.lower()]
+    """0.5, g → 536870912"""
+    size = int(float(number) * (1 << {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}[unit.lower()]))
     return size if size == 0 or 6 << 20 <= size < 1 << 63 else None
+
+def to_cpus(number):
+    return float(number) if float(number) == 0 or 0.01 <= float(number) <= os.cpu_count() else None
 
 def to_volume(host, target, mode):
     """→ (host, container, read-only)"""
-    is_allowed = os.path.normpath(target).strip("/") not in ("", "dev")  # a volume is nodev
-    return (os.path.abspath(host), target, mode == ":ro") if is_allowed else None
+    place = os.path.normpath("/" + target.lstrip("/"))
+    is_allowed = not re.fullmatch("/|/dev|/proc(/.*)?", place)  # a volume is nodev, and /proc comes after it
+    return (os.path.abspath(host), place, mode == ":ro") if is_allowed else None
 
 def to_port(address, outer, inner, protocol):
     """→ (ip, host, container, protocol)"""
@@ -2290,16 +2350,18 @@ SOME_PARTS = ("(.*)", to_parts, f"some of {','.join(PARTS)}, chroot")
 # What a value looks like, what its groups become (None: it is out of range), and how to say so.
 FORMS = {
     "--cap-add": CAPABILITY, "--cap-drop": CAPABILITY, "--without": SOME_PARTS, "--only": SOME_PARTS,
-    "--name": (r"([a-zA-Z0-9][a-zA-Z0-9_.-]+)", str, "letters and digits, after the first also _ . and -"),
+    "--name": (r"(|[a-zA-Z0-9][a-zA-Z0-9_.-]+)", str, "two or more letters and digits, after the first also _ . and -"),
+    "--hostname": ("(.*)", lambda name: name if len(os.fsencode(name)) <= 64 else None, "at most 64 bytes"),
+    "--user": (r"([^:]*:?[^:]*)", str, "a name or uid, and maybe :group"),
     "--env": (r"([^=]+)(?:=(.*))?", lambda *pair: pair, "NAME=VALUE, or NAME to take it from here"),
-    "--workdir": (r"(/.*)", os.path.normpath, "an absolute path"),
+    "--workdir": (r"(|/.*)", lambda path: path and os.path.normpath(path), "an absolute path"),
     "--network": (r"(bridge|none|host)", str, "bridge, none or host"),
-    "--memory": (r"(?i)(\d{1,19})([bkmg]?)b?", to_bytes, "a number and b, k, m or g, of 6MB or more, as in 512m"),
-    "--cpus": (r"(\d+\.?\d*|\.\d+)", lambda number: float(number) if 0.01 <= float(number) <= os.cpu_count() else None,
-               f"a number from 0.01 to this machine's {os.cpu_count()} CPUs"),
-    "--pids-limit": (r"-1|0|(\d{1,9})", lambda number: int(number or 0), "a number, as in 100"),
+    "--memory": (r"(?i)(\d{1,19}(?:\.\d+)?) ?([bkmgt]?)i?b?", to_bytes,
+                 "a number and b, k, m, g or t, of 6MB or more, as in 512m or 1.5g"),
+    "--cpus": (r"(\d+\.?\d*|\.\d+)", to_cpus, f"a number from 0.01 to this machine's {os.cpu_count()} CPUs"),
+    "--pids-limit": (r"-\d+|0|(\d{1,9})", lambda number: int(number or 0), "a number, as in 100"),
     "--volume": (r"([^:]+):(/[^:]*)(:ro|:rw)?", to_volume,
-                 "host:container or host:container:ro, the latter as an absolute path, but not '/' or '/dev'"),
+                 "host:container or host:container:ro, the latter as an absolute path, but not '/', '/dev' or '/proc'"),
     "--publish": (r"(?:(\d+\.\d+\.\d+\.\d+):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?", to_port,
                   "[ip:]host:container[/udp], as in 8080:80; ports are from 1 to 65535"),
 }
@@ -2309,7 +2371,7 @@ def parse(option, text):
     if isinstance(text, list):
         return [parse(option, one) for one in text]
     pattern, meaning, form = FORMS[option]
-    match = re.fullmatch(pattern, text, re.ASCII | re.DOTALL)
+    match = re.fullmatch(pattern, text.removeprefix("="), re.ASCII | re.DOTALL)  # -m=64m is -m 64m
     value = match and meaning(*match.groups())
     check(value is not None, f"invalid {option} '{text[:100]}': write {form}")
     return value
@@ -2323,7 +2385,8 @@ class Container:
         self.id = os.urandom(4).hex()
         self.directory = store("containers", self.id)
         self.parts = choose_parts(given)
-        self.name, self.hostname = given["--name"] or self.id, given["--hostname"] or self.id
+        own_name = os.uname().nodename if given["--network"] == "host" else self.id
+        self.name, self.hostname = given["--name"] or self.id, given["--hostname"] or own_name
         self.terminal = given["--tty"]
         # With -i, whatever it is; without, a pipe or a file is passed on, and a terminal left alone.
         self.takes_stdin = given["--interactive"] or not (self.terminal or stat.S_ISCHR(os.fstat(0).st_mode))
@@ -2350,6 +2413,8 @@ def choose_parts(given):
         parts -= {"mask", "seccomp"}
     if given["--network"] == "host":
         parts -= {"net"}
+        if given["--publish"]:
+            say("with --network=host, published ports are discarded")
     if "pivot_root" in parts and "mount" not in parts:
         say("without a mount namespace, pivot_root would move this machine's own root: chroot instead")
         parts -= {"pivot_root"}
@@ -2377,7 +2442,8 @@ def command_line(config, entrypoint, command):
 def environment(config, given, hostname, terminal):
     """Those of -e, then the image's others, over the defaults; a name without a value takes one away, as in docker."""
     given = {name: os.environ.get(name) if value is None else value for name, value in given}
-    image, default = dict(parse("--env", config.get("Env") or [])), {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    image = dict(parse("--env", [*filter(None, config.get("Env") or [])]))
+    default = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
     # Those given stand twice: for their place, before the image's, and for their value, over the image's.
     variables = {**default, **({"TERM": "xterm"} if terminal else {}), **given, **image, **given}
     return {name: value for name, value in variables.items() if value is not None}
@@ -2437,6 +2503,7 @@ def start(container):
         else:
             tell("fork", wraps=True, by_hand="env")
             call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # for end_others
+        # From here on there are two of container and of story; each process has its own end of the line.
         mocker, container.pid = os.getpid(), os.fork()
         if container.pid == 0:
             go_inside(container, inner, mocker)
@@ -2473,11 +2540,11 @@ def open_streams(container):
     """stdin, stdout and stderr: pipes, or with -t a terminal of the container's own devpts (man 4 pts).
     mocker gets the other ends, as open files through a socket (man 7 unix, SCM_RIGHTS)."""
     if container.terminal:
-        outer, slave = os.openpty()
+        master, slave = os.openpty()
         fcntl.ioctl(slave, 0x540E, 0)  # TIOCSCTTY: the controlling terminal, whose Ctrl-C is a signal
         os.close(os.open("/dev/console", os.O_CREAT | os.O_WRONLY, 0o600))
         mount(os.ttyname(slave), "/dev/console", "", "bind")
-        inner, outer = [slave, slave, slave], [outer, outer]
+        inner, outer = [slave, slave, slave], [master, master]
     else:
         (stdout, out), (stderr, err), (keys, stdin) = os.pipe(), os.pipe(), os.pipe()
         nothing = os.open("/dev/null", os.O_RDWR)  # the container's own, not the host's
@@ -2535,7 +2602,7 @@ def execute(container):
 
 def attend(container):
     """Copy its output, pass signals on, wait. → exit status, 128+N for signal N."""
-    handle = os.pidfd_open(container.pid)
+    handle, faults = os.pidfd_open(container.pid), []
     try:
         forward_signals(container, handle)
         write_config(container, "running")
@@ -2549,7 +2616,7 @@ def attend(container):
                 undo.enter_context(contextlib.suppress(termios.error))  # our terminal may be gone by then
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
                 tty.setraw(0)
-            outputs = start_relays(container, streams, copies)
+            outputs = start_relays(container, streams, copies, faults)
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
             end_others(container)
             for thread in outputs:
@@ -2562,6 +2629,7 @@ def attend(container):
         raise
     status = status if status >= 0 else 128 - status
     write_config(container, "exited", exit_code=status)
+    check(not faults, "some of its output is lost: no space is left where it goes to: make room there")
     return status
 
 def end_others(container):
@@ -2572,10 +2640,10 @@ def end_others(container):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
 
-def start_relays(container, streams, copies):
+def start_relays(container, streams, copies, faults):
     """A thread for each direction. → those of the outputs: stdin may wait for a key forever."""
-    ways = [(source, target, copies) for source, target in zip(streams[1:], (1, 2))]
-    ways += [(os.dup(0), target) for target in streams[:1] if container.takes_stdin]
+    ways = [(source, target, faults, copies) for source, target in zip(streams[1:], (1, 2))]
+    ways += [(os.dup(0), target, faults) for target in streams[:1] if container.takes_stdin]
     threads = [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # for the threads: signals are the main one's
     for thread in threads:
@@ -2583,14 +2651,16 @@ def start_relays(container, streams, copies):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     return threads[: len(streams[1:])]
 
-def relay(source, target, copies=()):
+def relay(source, target, faults, copies=()):
     """Copy until there is no more, or nobody reads any more; closing both ends tells the others."""
-    with contextlib.suppress(OSError):  # EPIPE, or EIO from a terminal whose other side is gone
+    try:
         while data := insist(os.read, source, 1 << 16):
             for copy in copies:
                 with contextlib.suppress(OSError):  # a full disk must not stop the container
                     os.write(copy, data)
             write_all(target, data)
+    except OSError as error:  # EPIPE, or EIO from a terminal whose other side is gone: these are no faults
+        faults += [error] * (error.errno in FULL)
     os.close(source)
     if target > 2:
         os.close(target)
@@ -2838,7 +2908,7 @@ def try_firewall():
 def look_at_cgroup():
     version = cgroup_version()
     there = read_kernel_file(f"{CGROUP}/cgroup.controllers").split() if version == 2 else os.listdir(CGROUP)
-    missing = {"memory", "pids", "cpu"} - {*there}
+    missing = {*CONTROLLERS} - {*there}
     check(not missing, f"v{version}, without {', '.join(missing)}: that can't be limited; try "
           "cgroup_enable=memory on the kernel's command line", status=0)
     return f"v{version}, with memory, pids, cpu"
@@ -2941,7 +3011,7 @@ def clean(arguments):
 MEASURES = ("memory.current", "memory.max", "memory.usage_in_bytes", "memory.limit_in_bytes", "pids.current",
             "pids.max", "cpu.max", "cpu.cfs_quota_us", "cpu.stat", "cpuacct.usage")
 # What mocker makes if an image lacks it. (docker makes its own in a layer between.)
-MOUNT_POINTS = {"/dev", "/proc", "/sys", "/etc", *(f"/etc/{name}" for name in ETC_FILES)}
+MOUNT_POINTS = {"/dev", "/proc", "/sys", "/etc", "/etc/mtab", *(f"/etc/{name}" for name in ETC_FILES)}
 
 def inspect(arguments):
     """Show the anatomy of an image or a container (name, id, or how the id begins), as a tree or for programs.
@@ -2973,6 +3043,7 @@ def draw(label, value, first="", rest=""):
     elif isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
         branches = list(value.items())
     text = label if branches else f"{label}: {in_words(label, value)}"
+    # One line each, but for what stands at the top, as the config.
     print(textwrap.fill(printable(str(text)), 80, initial_indent=first, subsequent_indent=f"{rest}  ", placeholder=" …",
                         max_lines=3 if len(first) < 8 else 1, break_on_hyphens=False))
     for number, (name, inner) in enumerate(branches, 1):
@@ -3113,6 +3184,8 @@ def dispatch(argv):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) has it
             signal.signal(number, interrupted)
     name, *words = argv or [""]
+    if name == "help" and words:
+        name, words = words[0], ["--help"]
     function = COMMANDS.get(name)
     usage = re.sub(r"\n {4}", "\n", function.__doc__) if function else __doc__[__doc__.index("Usage:") :]
     if name == "--version":
@@ -3127,6 +3200,8 @@ def dispatch(argv):
         plain = usage.replace(f"mocker {name}", "mocker")
         arguments = {} if argv == ["doctor"] else docopt.docopt(plain, words, False, options_first=function is run)
     except docopt.DocoptExit:
+        if "--help" in words:
+            return print(usage.strip())
         print(usage[usage.index("Usage:") :].partition("\n\nTry")[0].strip(), file=sys.stderr)
         return 125 if argv else 1
     if function is not doctor:  # which must be able to say what it is that is missing
@@ -3161,11 +3236,12 @@ def guarded(function, *arguments):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more at exit
     except OSError as error:
-        if error.errno not in (*FULL, errno.EROFS):
+        advice = {**dict.fromkeys(FULL, "make room, or move MOCKER_HOME"),
+                  **dict.fromkeys((errno.EROFS, errno.ENOTDIR), "choose another MOCKER_HOME"),
+                  errno.EACCES: "only root may" if os.geteuid() else None}.get(error.errno)
+        if not advice:
             raise
-        place = str(error.filename or HOME)
-        advice = ": make room, or move MOCKER_HOME" if place.startswith(HOME) else ""
-        write_line(f"mocker: {error.strerror}: {place}{advice}", "error")
+        write_line(f"mocker: {error.strerror}: {error.filename or HOME}: {advice}", "error")
     return 125
 
 def main():

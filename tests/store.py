@@ -15,7 +15,7 @@ import sys
 
 import oracle
 
-KNOWN = re.compile(r"oci-layout|blobs/sha(256|512)/[0-9a-f]+|layers/[0-9a-f]{64,128}|containers|[^/]+\.json")
+KNOWN = re.compile(r"oci-layout|blobs/sha(256|384|512)/[0-9a-f]+|layers/[0-9a-f]{64,128}|containers|[^/]+\.json")
 
 
 def faults(home):

@@ -34,6 +34,8 @@ XATTRS = {
     "SCHILY.xattr.security.capability": (b"\x01\x00\x00\x02\x00\x20" + bytes(14)).decode(),
 }
 
+ATTRIBUTED = {"pax_headers": {"SCHILY.xattr.user.stays": "yes"}}
+
 CASES = {
     "types": [
         [
@@ -84,6 +86,7 @@ CASES = {
             folder("d", pax_headers={"SCHILY.xattr.user.place": "here"}),
             file("d/f", b"x", 0o755, pax_headers=XATTRS),
             file("d/setuid", b"x", 0o4755, uid=5, pax_headers=XATTRS),
+            file("d/empty", b"x", pax_headers={"SCHILY.xattr.user.empty": ""}),
         ]
     ],
     "hard links": [
@@ -155,6 +158,13 @@ CASES = {
         BASE,
         [file("etc/deep/er/new", b"n"), folder("etc/deep/more", 0o700)],
         [file("etc/deep/more/x", b"x")],
+    ],
+    "xattrs of a directory that comes again": [
+        [folder("d", pax_headers={"SCHILY.xattr.user.a": "1", "SCHILY.xattr.user.b": "1"}), folder("e", **ATTRIBUTED)],
+        [folder("d", 0o700, pax_headers={"SCHILY.xattr.user.b": "2"}), folder("e/f")],
+    ],
+    "times to the nanosecond": [
+        [file("f", pax_headers={"mtime": "1234567890.123456789"}), folder("d", pax_headers={"mtime": "7.0000000019"})]
     ],
     "the root": [[folder(".", 0o711, uid=3, mtime=77), file("./f")], [folder("./", 0o750), file("g")]],
     "dots and slashes": [[folder("./d/"), file("./d//f", b"1"), file("d/./g", b"2"), file("/h", b"3")]],
@@ -286,6 +296,15 @@ def tree(tmp_path):
     return tree
 
 
+@pytest.mark.parametrize("version", ["0.0", "0.1", "1.0"])
+def test_a_sparse_file_of_a_long_name(version, mocker, home, fake, tree, tmp_path):
+    """A tar says twice what it is called, and tarfile takes the wrong one."""
+    (tree / "sparse").rename(tree / ("long" * 50))
+    pull(mocker, fake, fake.layout.image([gnu_tar(tree, "--format=posix", "--sparse", f"--sparse-version={version}")]))
+    ours = store.rootfs(home, "library_image.json", tmp_path)
+    assert oracle.listing_difference(oracle.rootfs_listing(tree), ours) == []
+
+
 def gnu_tar(tree, *options):
     command = ["tar", "--create", "--file=-", "--sort=name", "--numeric-owner", *options, "."]
     return subprocess.run(command, cwd=tree, check=True, stdout=subprocess.PIPE).stdout
@@ -366,6 +385,15 @@ def test_an_image_without_layers(mocker, home, fake):
     pull(mocker, fake, fake.layout.image([]))
     assert store.layers(home, "library_image.json") == []
     assert mocker("verify").returncode == 0
+
+
+@pytest.mark.parametrize("rootfs", [{"type": "layers"}, {"type": "layers", "diff_ids": None}], ids=str)
+def test_an_image_without_layers_as_docker_builds_it(rootfs, mocker, home, fake):
+    """`FROM scratch`, and only ENV and CMD."""
+    pull(mocker, fake, fake.layout.image([], {"Cmd": ["/x"]}, rootfs=rootfs))
+    assert mocker("verify").returncode == 0
+    done = mocker("run", "-q", "--rm", "--network=none", "image")
+    assert done.returncode == 127 and "/x" in done.stderr
 
 
 def test_a_hard_link_to_a_file_of_a_lower_layer(mocker, home, fake, tmp_path):

@@ -135,6 +135,22 @@ def test_network_host(start):
     assert link("mocker0") is None
 
 
+def test_network_host_has_its_name_and_its_ports(store):
+    look = "hostname; cat /etc/hostname; echo $HOSTNAME"
+    done = store("run", "--network=host", "-p", "8080:80", "busybox", "sh", "-c", look)
+    assert done.stdout.split() == [os.uname().nodename] * 3
+    assert "published ports are discarded" in done.stderr
+
+
+def test_a_bridge_of_that_name_which_is_somebody_else_s(run):
+    ip("link", "add", "mocker0", "type", "bridge")
+    try:
+        one_line(run("busybox", "true"), "mocker0", "not mocker's")
+        assert link("mocker0") is not None
+    finally:
+        ip("link", "delete", "mocker0")
+
+
 # ---- the way out ---------------------------------------------------------------------------------
 
 WAN, INTERNET = "198.51.100.1", "198.51.100.2"
@@ -274,6 +290,17 @@ def test_a_port_that_is_taken(run, kind):
             holder.listen()
         port = holder.getsockname()[1]
         one_line(run("-p", f"{port}:80/{protocol}", "busybox", "true"), str(port))
+
+
+def test_a_port_whose_old_connections_wait_for_their_end(start):
+    """TIME_WAIT: of a server that has just been stopped."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        connection, _ = server.accept()
+        connection.close()  # who closes first has to wait
+        client.recv(1)
+        port = server.getsockname()[1]
+    web = start("-p", f"{port}:80", *WEB)
+    assert get("127.0.0.1", port) == f"served by {web.id}\n"
 
 
 def test_a_port_that_another_container_has(start, run):

@@ -47,6 +47,13 @@ def test_options_are_written_as_docker_s(run):
     for option in ["-e", "A=1"], ["-eA=1"], ["--env", "A=1"], ["--env=A=1"]:
         assert run(*option, "busybox", "sh", "-c", "echo $A").stdout == "1\n", option
     assert run("-iw/etc", "busybox", "pwd").stdout == "/etc\n"
+    assert run("-w=/etc", "-u=33", "--", "busybox", "sh", "-c", "pwd; id -u").stdout == "/etc\n33\n"
+
+
+@pytest.mark.parametrize("words", [["help", "run"], ["run", "--help"], ["run", "-it", "--help"], ["run", "-h"]])
+def test_ways_to_ask_for_help(mocker, words):
+    done = mocker(*words)
+    assert (done.returncode, done.stderr) == (0, "") and "mocker run [options]" in done.stdout
 
 
 # ---- wrong values --------------------------------------------------------------------------------
@@ -61,7 +68,8 @@ LONG = "x" * 300
         *[([f"--memory={value}"], "6MB") for value in ["5", "5m", "6291455"]],
         *[([f"--cpus={value}"], value) for value in ["many", "1,5", "0x1"]],
         *[([f"--cpus={value}"], "CPUs") for value in ["-1", "0.001", "1e9", "nan", "inf", "4096"]],
-        *[([f"--pids-limit={value}"], value) for value in ["many", "-7", "1.5", "1e3", "²"]],
+        *[([f"--pids-limit={value}"], value) for value in ["many", "-x", "1.5", "1e3", "²"]],
+        *[([f"--{option}="], f"--{option}") for option in ["memory", "cpus", "pids-limit", "network"]],
         *[([f"--network={value}"], value) for value in ["nat", "Bridge", "container:x", "bridge0"]],
         *[
             ([f"--publish={value}"], value)
@@ -77,9 +85,11 @@ LONG = "x" * 300
         *[([f"--cap-{change}={value}"], value) for change in ("add", "drop") for value in ["NONSENSE", "NET-RAW"]],
         (["--publish=256.1.1.1:80:80"], "256.1.1.1"),
         (["--volume=/etc:relative"], "relative"),
-        (["--volume=/dev:/dev/"], "/dev:/dev/"),
+        *[([f"--volume={value}"], value) for value in ["/dev:/dev/", "/etc:/proc", "/etc://proc/x"]],
+        (["-v", "/etc:/x", "-v", "/tmp:/x/"], "same place"),
+        (["-u", "33:33:33"], "33:33:33"),
         (["--cap-add=CAP_"], "capability"),
-        *[([f"--env={value}"], "--env") for value in ["=x", "="]],
+        *[([f"--env={value}"], "--env") for value in ["==x", "="]],
         (["-v", f"/etc:/{LONG}"], "too long"),
         (["-v", f"/{LONG}:/x"], "too long"),
         (["-v", "/etc/passwd/x:/x"], "/etc/passwd/x"),
@@ -91,7 +101,7 @@ def test_wrong_values(run, options, word):
     one_line(run(*options, "busybox", "true"), word.encode("unicode_escape").decode() if "\n" in word else word)
 
 
-WRONG = ["--memory=much", "--env==x", "--workdir=x", "--volume=x", "--cap-add=NONE", "--without=x"]
+WRONG = ["--memory=much", "--env===x", "--workdir=x", "--volume=x", "--cap-add=NONE", "--without=x"]
 
 
 @pytest.mark.parametrize("option", WRONG)
@@ -101,17 +111,28 @@ def test_a_wrong_value_is_told_before_anything_is_pulled(store, option):
     assert "127.0.0.1" not in done.stderr
 
 
+def test_what_is_empty_in_docker_too_is_left_to_the_image(run):
+    """As a script with an unset variable has it."""
+    done = run("--name=", "-w", "", "-u", "", "--hostname=", "busybox", "sh", "-c", "id -u; pwd; hostname | wc -c")
+    assert done.stdout == "0\n/\n9\n"
+
+
 def test_a_volume_is_not_made_for_an_image_that_is_not_to_be_had(store, tmp_path):
     one_line(store("run", "-q", "-v", f"{tmp_path}/a/b:/data", "127.0.0.1:1/not/here", "true"), "127.0.0.1:1")
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("value", ["64m", "64M", "64mb", "64MB", "65536k", "67108864", "67108864b", "1g", "0"])
+SIZES = ["64m", "64M", "64mb", "64MB", "64MiB", "64 m", "65536k", "67108864", "67108864b", "0.0625g"]
+
+
+@pytest.mark.parametrize("value", SIZES)
 def test_sizes(run, value):
-    assert run("-m", value, "busybox", "true").returncode == 0
+    there = "/sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max"  # of v1 or v2
+    assert run("-m", value, "busybox", "sh", "-c", f"cat {there} 2>/dev/null").stdout == "67108864\n"
 
 
-NUMBERS = ["--cpus=1", "--cpus=0.5", "--cpus=.5", "--pids-limit=-1", "--pids-limit=0", "--pids-limit=100"]
+NUMBERS = ["--cpus=1", "--cpus=0.5", "--cpus=.5", "--cpus=0", "--memory=0", "--memory=1t", "--pids-limit=-1"]
+NUMBERS += ["--pids-limit=-5", "--pids-limit=0", "--pids-limit=100"]
 
 
 @pytest.mark.parametrize("option", NUMBERS)
@@ -170,6 +191,14 @@ def test_a_volume_that_is_a_file(run, shared):
 def test_a_volume_that_is_not_there_is_made(run, tmp_path):
     assert run("-v", f"{tmp_path}/a/b:/data", "busybox", "touch", "/data/x").returncode == 0
     assert (tmp_path / "a/b/x").exists()
+
+
+def test_a_volume_that_is_a_device_which_containers_have(run, tmp_path):
+    """To blank a file is an idiom. Any other device is as dead as always."""
+    os.mknod(tmp_path / "memory", 0o20666, os.makedev(1, 1))
+    options = ["-v", "/dev/null:/a-file:ro", "-v", "/dev/zero:/dev/random", "-v", f"{tmp_path}/memory:/memory"]
+    done = run(*options, "busybox", "sh", "-c", "cat /a-file; head -c2 /dev/random | od -An -tx1; head -c1 /memory")
+    assert done.stdout == " 00 00\n" and "denied" in done.stderr
 
 
 def test_several_volumes_one_in_the_other(run, shared, tmp_path):

@@ -2,12 +2,15 @@
 
 import base64
 import contextlib
+import email.utils
 import json
 import os
 import pty
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -257,6 +260,10 @@ CHALLENGES = [
     'Bearer realm="URL/token"',
     'bearer  realm="URL/token", service=registry, scope="repository:library/x:pull,push"',
     'Bearer service="a, b=c",realm="URL/token?account=me"',
+    'BEARER Realm = "URL/token" , Service="registry"',
+    'Bearer realm="URL/token",service="registry", Digest nonce="a", realm="URL/wrong"',
+    'Basic realm="see, Bearer realm=URL/wrong", Bearer realm="URL/token"',
+    'Negotiate, Basic realm="a \\"b\\"",charset="UTF-8",Bearer realm="URL/token"',
     'Bearer realm="URL/token",service="registry",scope="repository:library/x:pull",error="invalid_token"',
 ]
 
@@ -297,7 +304,7 @@ def test_challenges(challenge, quick, fake):
     done = quick("pull", "x", env={"MOCKER_HUB": fake.url})
     assert done.returncode == 0, done.stderr
     assert len(asked) == 1 and re.search(r"[?&]scope=repository(:|%3A)library(/|%2F)x(:|%3A)pull\b", asked[0])
-    assert ("service=" in asked[0]) == ("service=" in challenge)
+    assert ("service=" in asked[0]) == ("service=" in challenge.lower())
     assert ("account=me" in asked[0]) == ("account=me" in challenge)
 
 
@@ -382,6 +389,11 @@ def test_dockers_login(key, mocker, quick, hub, private):
     done = quick("pull", private)
     assert done.returncode == 0, done.stderr
     assert hub.PASSWORD not in done.stderr and auth(hub.USER, hub.PASSWORD)["auth"] not in done.stderr
+
+
+def test_a_login_that_is_written_out(mocker, quick, hub, private):
+    log_in(mocker, auths={hub.host: {"username": hub.USER, "password": hub.PASSWORD}}, credsStore="is-not-installed")
+    assert quick("pull", private).returncode == 0
 
 
 def test_a_wrong_login(mocker, quick, hub, private):
@@ -585,6 +597,25 @@ def test_an_index_without_this_platform_lists_what_it_has(quick, home, fake):
     assert "unknown" not in done.stderr
 
 
+SPELLINGS = {  # asked for: what an index calls it
+    "linux/arm": [("arm", "v7"), ("arm", None), ("armhf", None)],
+    "linux/armhf": [("arm", "v7")],
+    "linux/aarch64": [("arm64", "v8"), ("arm64", None), ("aarch64", None)],
+    "linux/x86-64": [("amd64", None), ("x86_64", None), ("amd64", "v1")],
+    "LINUX/AMD64/v1": [("amd64", None)],
+}
+
+
+@pytest.mark.parametrize(("wanted", "there"), [(name, one) for name, several in SPELLINGS.items() for one in several])
+def test_spellings(wanted, there, quick, home, fake):
+    """As docker takes them, of whoever has made the index."""
+    arch, variant = there
+    fake.put("library/x", fake.layout.index([simple(fake.layout, b"it", arch=arch, variant=variant)]))
+    done = quick("pull", "-q", f"--platform={wanted}", "x", env={"MOCKER_HUB": fake.url})
+    assert done.returncode == 0, done.stderr
+    assert content(home, "library_x.json") == [b"it"]
+
+
 @pytest.mark.parametrize("platform", ["linux", "linux/", "/amd64", "linux/arm/v7/x", "linux/amd64\x1b[31m"])
 def test_invalid_platforms(platform, quick):
     done = quick("pull", "-q", f"--platform={platform}", "hello-world")
@@ -761,14 +792,15 @@ def test_a_server_that_knows_no_range_begins_again(quick, home, fake):
     assert content(home, store.stored(home)[0]) == [data]
 
 
-@pytest.mark.parametrize(
-    "status, headers", [(500, {}), (502, {}), (503, {"Retry-After": "1"}), (429, {"Retry-After": "1"})]
-)
+STATUSES = [(500, {}), (502, {}), (503, {"Retry-After": "1"}), (429, {"Retry-After": "1"}), (429, {}), (520, {})]
+
+
+@pytest.mark.parametrize(("status", "headers"), STATUSES)
 @pytest.mark.parametrize("where", ["/manifests/", "/blobs/", "/token"])
 def test_a_fault_that_passes(status, headers, where, quick, fake):
     fake.put("library/x", simple(fake.layout))
     wants_token(fake)
-    well, times, faults = fake.intercept, [], 1 if status == 429 else 2
+    well, times, faults = fake.intercept, [], 2
     fake.intercept = lambda handler: (
         [handler.answer(status, b"no", headers)]
         if where in handler.path and not times.append(time.monotonic()) and len(times) <= faults
@@ -777,6 +809,55 @@ def test_a_fault_that_passes(status, headers, where, quick, fake):
     done = quick("pull", "x", env={"MOCKER_HUB": fake.url})
     assert done.returncode == 0, done.stderr
     assert times[1] - times[0] >= int(headers.get("Retry-After", 0))
+
+
+@pytest.mark.parametrize("where", ["/manifests/", "/blobs/", "/token"])
+def test_connections_that_are_reset(where, quick, fake):
+    fake.put("library/x", simple(fake.layout))
+    wants_token(fake)
+    well, resets = fake.intercept, []
+
+    def intercept(handler):
+        if where not in handler.path or len(resets) == 3:
+            return well(handler)
+        resets.append(handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)))
+        handler.close_connection = True
+        return True
+
+    fake.intercept = intercept
+    done = quick("pull", "x", env={"MOCKER_HUB": fake.url})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_wait_until_a_date(quick, fake):
+    fake.put("library/x", simple(fake.layout))
+    date, asked = email.utils.formatdate(time.time() + 4, usegmt=True), []
+    fake.intercept = lambda handler: (
+        "/manifests/" in handler.path
+        and not asked.append(time.time())
+        and len(asked) == 1
+        and [handler.answer(503, b"", {"Retry-After": date})]
+    )
+    assert quick("pull", "x", env={"MOCKER_HUB": fake.url}).returncode == 0
+    assert asked[1] >= int(asked[0]) + 3
+
+
+def test_a_rest_that_is_the_whole(quick, home, fake):
+    """A part from another place than was asked for is taken for what it is."""
+    data = os.urandom(1 << 20)
+    name = fake.put("x", simple(fake.layout, data))
+
+    def intercept(handler):
+        if "/blobs/" not in handler.path:
+            return False
+        whole = fake.path(handler.path.rpartition("/")[2]).read_bytes()
+        if not handler.headers.get("Range"):
+            return drops(handler, whole, 200)
+        return [handler.answer(206, whole, {"Content-Range": f"bytes 0-{len(whole) - 1}/{len(whole)}"})]
+
+    fake.intercept = intercept
+    assert quick("pull", name).returncode == 0
+    assert content(home, store.stored(home)[0]) == [data]
 
 
 # ---------------------------------------------------------------------------
@@ -993,6 +1074,26 @@ def test_verify_finds_damage_and_pull_mends_it(part, harm, quick, home, fake):
     again = quick("pull", "x", env=hub)
     assert again.returncode == 0, again.stderr
     assert (quick("verify").returncode, store.faults(home)) == (0, [])
+
+
+@pytest.mark.parametrize("name", ["index.json", "oci-layout", "OCI manifest"])
+def test_verify_looks_at_what_other_programs_read_too(name, quick, home, fake):
+    """Of an image in docker's format, the manifest that index.json names is mocker's own."""
+    fake.put("library/x", simple(fake.layout, style=DOCKER))
+    assert quick("pull", "x", env={"MOCKER_HUB": fake.url}).returncode == 0
+    [entry] = json.loads((home / "index.json").read_text())["manifests"]
+    path = home / "blobs" / entry["digest"].replace(":", "/") if name == "OCI manifest" else home / name
+    path.write_text("{")
+    done = quick("verify")
+    assert (done.returncode, "DAMAGED  blob" in done.stdout) == ((1, True) if name == "OCI manifest" else (0, False))
+    assert store.faults(home) == []
+    subprocess.run(["skopeo", "inspect", f"oci:{home}:library/x:latest"], check=True, capture_output=True)
+
+
+def test_the_store_is_valid_before_anything_is_in_it(quick, home):
+    assert quick("pull", "-q", "127.0.0.1:1/not/here").returncode == 125
+    assert store.faults(home) == []
+    assert json.loads((home / "index.json").read_text())["manifests"] == []
 
 
 def test_what_went_bad_before_it_was_unpacked_is_fetched_again(quick, home, fake):

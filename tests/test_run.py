@@ -160,6 +160,21 @@ def test_user(run, image, user, expected):
     assert run(image({"User": user}), *look).stdout == f"{expected}\n"
 
 
+ACCOUNTS = b"short:x:1001:1002\n  blanks:x:1003:1004::/b \nnone:x:1005\nodd:x:1006:x::/o\n\nbroken\n"
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [("short", "1001 1002 1002 3001 /"), ("1001", "1001 1002 1002 3001 /"), ("blanks", "1003 1004 1004 /b"),
+     ("none", "1005 0 0 /"), ("odd", "1006 0 0 /o")],
+)  # fmt: skip
+def test_users_of_odd_lines(run, image, user, expected):
+    """As runc reads them: fields may be missing, and blanks around a line."""
+    entries = [images.file("etc/passwd", ACCOUNTS), images.file("etc/group", b"g1:x:3001:short\nnobody\n")]
+    look = ["sh", "-c", "echo $(id -u) $(id -g) $(id -G) $HOME"]
+    assert run("-u", user, image({}, entries), *look).stdout == f"{expected}\n"
+
+
 def test_user_given_counts_more_than_the_image_s(run, image):
     assert run("--user=daemon", image({"User": "www-data"}), "id", "-un").stdout == "daemon\n"
 
@@ -346,6 +361,26 @@ def test_its_host_name_is_its_own(run, start):
     assert os.uname().nodename == mine
     container = start("busybox", "sh", "-c", "hostname; cat")
     assert container.process.stdout.readline() == f"{container.id}\n"
+
+
+def test_the_root_directory_is_root_s_whatever_the_layers_say(run, image):
+    """As docker has it: a layer packed from a private directory must not lock its users out."""
+    name = image({"User": "nobody"}, [images.folder(".", 0o700, uid=5)])
+    assert run(name, "stat", "-c", "%a %u", "/").stdout == "755 0\n"
+
+
+def test_mtab_leads_to_the_mounts(run, image):
+    assert run("busybox", "readlink", "/etc/mtab").stdout == "/proc/mounts\n"
+    assert run(image({}, [images.file("etc/mtab", b"mine\n")]), "cat", "/etc/mtab").stdout == "mine\n"
+
+
+def test_an_empty_variable_of_the_image_is_none(run, image):
+    assert run(image({"Env": ["", "A=1"]}), "sh", "-c", "echo $A").stdout == "1\n"
+
+
+def test_a_name_with_dots_is_known_by_its_first_part_too(run):
+    said = run("--hostname", "pebble.example.com", "busybox", "cat", "/etc/hosts").stdout
+    assert said.splitlines()[-1].split()[1:] == ["pebble.example.com", "pebble"]
 
 
 def test_files_of_etc(run):

@@ -333,9 +333,17 @@ def test_without_i_the_terminal_s_keys_are_left_alone(screen):
     assert shell.said.endswith("<>\r\n")
 
 
+def test_output_that_finds_no_room(store):
+    """As docker, it says so, and does not end as if all were well."""
+    with open("/dev/full", "w") as full:
+        process = store.popen("run", "-q", "busybox", "seq", "100000", stdout=full)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 125 and re.fullmatch("mocker: .*no space is left.*\n", said)
+
+
 # ---- signals -------------------------------------------------------------------------------------
 
-SIGNALS = ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2"]
+SIGNALS = ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "ABRT", "SYS", "XCPU", "PROF", "PWR"]
 TRAPS = "; ".join(f"trap 'echo {name}; exit {40 + number}' {name}" for number, name in enumerate(SIGNALS))
 
 
