@@ -1065,10 +1065,11 @@ def pull_image(reference, platform=None):
     with partial_directory() as partial:
         found = find_manifest(registry, wanted)
         config = fetch_config(registry, found["manifest"], partial)
-        made_for = [config.get("os"), config.get("architecture")]
-        if all(made_for) and made_for != wanted.split("/")[:2]:  # as a name without an index may be
-            check(not platform, f"{reference} is there for {'/'.join(made_for)} alone: leave out --platform")
-            say(f"{reference} is for {'/'.join(made_for)}, and can't run here")
+        system, architecture = config.get("os"), config.get("architecture")
+        made_for = platform_name(system, architecture) if system and architecture else wanted
+        if made_for.split("/")[:2] != wanted.split("/")[:2]:  # as a name without an index may be
+            check(not platform, f"{reference} is there for {made_for} alone: leave out --platform")
+            say(f"{reference} is for {made_for}, and can't run here")
         fetch_layers(registry, found["manifest"]["layers"], config["rootfs"]["diff_ids"], partial)
     stored = {"name": reference.name, "version": reference.version, **found}
     with locked(HOME):

@@ -311,6 +311,24 @@ def test_a_root_without_cap_sys_admin(store):
     one_line(done, "CAP_SYS_ADMIN", "privileged")
 
 
+@pytest.mark.skipif(not os.path.exists("/sys/fs/cgroup/memory/tasks"), reason="cgroup v1 has the trees apart")
+def test_a_tree_of_cgroups_that_is_missing(store):
+    """As with cgroup_disable=memory. Hidden in a mount table of its own."""
+    hidden = ["unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none /sys/fs/cgroup/memory; exec "$@"', "sh"]
+
+    def run(*options):
+        command = [*hidden, *store.command(["run", "-q", *options, "busybox", "echo", "ok"])]
+        return subprocess.run(command, env=store.env, capture_output=True, text=True)
+
+    assert run("--pids-limit=20").stdout == "ok\n"
+    one_line(run("-m", "64m"), "no memory.limit_in_bytes")
+
+
+def test_images_of_a_store_that_is_none(store, tmp_path):
+    (tmp_path / "file").touch()
+    one_line(store("images", env={"MOCKER_HOME": str(tmp_path / "file")}), "MOCKER_HOME")
+
+
 def test_not_linux(store):
     program = "import runpy, sys; sys.platform = 'darwin'; sys.argv = sys.argv[1:]; "
     program += "runpy.run_path(sys.argv[0], run_name='__main__')"

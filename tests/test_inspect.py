@@ -323,7 +323,7 @@ def test_a_container_whose_mocker_was_killed(start, inspect):
 def test_a_container_that_never_started(store, inspect, tree):
     assert store("run", "-q", "--name=never", "-m", "20m", "-p", "192.0.2.1:80:80", "busybox").returncode == 125
     found = inspect("never")
-    assert (found["container"]["status"], found["root"]["layers"]) == ("created", [])
+    assert (found["container"]["status"], len(found["root"]["layers"])) == ("created", 1)
     tree("never")
     one_line(store("diff", "never"), "can't be compared")
 
