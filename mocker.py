@@ -325,16 +325,9 @@ class Registry:
         A header that is None is not sent, even if the session has it.
         """
         address = url.urljoin(f"{self.base}/v2/{self.reference.repository}/", path)
-        pauses = [0.3 * 2**n for n in range(self.attempts)]  # seconds before each new attempt
         try:
             for _ in range(10):
-                try:
-                    response = self.send(address, method, headers)
-                except requests.ConnectionError as error:
-                    if isinstance(error, requests.exceptions.SSLError) or not pauses:
-                        raise
-                    time.sleep(pauses.pop(0))
-                    continue
+                response = self.send_patiently(address, method, headers)
                 status, challenge = response.status_code, response.headers.get("WWW-Authenticate")
                 if status in (200, 206):
                     return response
@@ -344,16 +337,28 @@ class Registry:
                     here, address = address, url.urljoin(address, response.headers["Location"])
                     if url.urlsplit(here)[:2] != url.urlsplit(address)[:2]:
                         headers["Authorization"] = None  # another host gets no token, nor an answer to its challenge
-                elif (status == 429 or status >= 500) and pauses and (asked_wait(response) or 0) <= 10:
-                    time.sleep(max(asked_wait(response) or 0, pauses.pop(0)))
                 else:
                     break
-                if status < 500:  # a fault's text may have no end
-                    response.raw.read(1 << 16)  # once it is read, the connection can be used again
+                response.raw.read(1 << 16)  # once it is read, the connection can be used again
         except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # whatever an odd address leads to
             raise MockerError(f"{origin(address)} can't be reached ({root_cause(error)}): check the network, name "
                               "a private CA's file in REQUESTS_CA_BUNDLE, or a mirror in MOCKER_HUB") from None
         raise self.refusal(response)
+
+    def send_patiently(self, address, method, headers):
+        """Again, after a pause, if the connection breaks, or the server can't answer now and asks for no long wait."""
+        pauses = [0.3 * 2**n for n in range(self.attempts)]  # seconds
+        while True:
+            try:
+                response = self.send(address, method, headers)
+                wait, is_busy = asked_wait(response), response.status_code == 429 or response.status_code >= 500
+                if not (is_busy and pauses and wait <= 10):
+                    return response
+            except requests.ConnectionError as error:
+                if isinstance(error, requests.exceptions.SSLError) or not pauses:
+                    raise
+                wait = 0
+            time.sleep(max(wait, pauses.pop(0)))
 
     def send(self, address, method, headers):
         """One request, told without its secrets; by https, unless the registry itself is asked by http."""
@@ -383,7 +388,7 @@ class Registry:
             advice = f"no such image: {self.reference}: check the name and the tag, or if it is private, {self.remedy}"
         elif status == 429:
             advice = (f"too many pulls{allowed}, for all behind this address together: docker login, name a mirror in "
-                      f"MOCKER_HUB, or try again {'later' if wait is None else f'in {wait:.0f} s'}")
+                      f"MOCKER_HUB, or try again {f'in {wait:.0f} s' if wait else 'later'}")
         elif response.is_redirect:
             advice = f"its redirects have no end: {self.reference} is not to be had there"
         return MockerError(f"{here} answers {status} {response.reason[:100]}: {advice}")
@@ -418,10 +423,10 @@ def read_challenges(header):
     return found
 
 def asked_wait(response):
-    """Retry-After, which is a number or a date (RFC 9110 §10.2.3) → seconds; None if it doesn't say."""
+    """Retry-After, which is a number or a date (RFC 9110 §10.2.3) → seconds; 0 if it doesn't say."""
     with contextlib.suppress(KeyError, ValueError, OverflowError, urllib3.exceptions.HTTPError):
         return min(urllib3.util.Retry().parse_retry_after(response.headers["Retry-After"]), 10**9)
-    return None
+    return 0
 
 def setting(variable, default):
     """A number from the environment."""
@@ -956,14 +961,15 @@ def set_metadata(path, member):
     os.chown(path, member.uid, member.gid, follow_symlinks=False)
     if not member.issym():
         os.chmod(path, member.mode & 0o7777)
-    xattrs = {key[len("SCHILY.xattr.") :]: value for key, value in member.pax_headers.items()
-              if key.startswith("SCHILY.xattr.") and value and ".trusted." not in key}  # those are overlayfs' own
-    for name in os.listxattr(path) if member.isdir() else ():  # of the layer below, if the directory was there
-        if name not in xattrs:
-            os.removexattr(path, name)
-    for name, value in xattrs.items():
-        with contextlib.suppress(OSError):  # as docker: a file system may lack them
-            os.setxattr(path, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
+    xattrs = {key[len("SCHILY.xattr.") :]: value.encode("utf-8", "surrogateescape")
+              for key, value in member.pax_headers.items() if key.startswith("SCHILY.xattr.") and value}
+    below = os.listxattr(path) if member.isdir() else ()  # of the directory as it was, to be removed
+    for name, value in {**dict.fromkeys(below), **xattrs}.items():
+        with contextlib.suppress(OSError):  # as docker: a file system may lack them, or insist on them
+            if value is None:
+                os.removexattr(path, name)
+            elif not name.startswith("trusted."):  # those are overlayfs' own
+                os.setxattr(path, name, value, follow_symlinks=False)
     seconds, _, fraction = member.pax_headers.get("mtime", str(member.mtime)).partition(".")  # a float has no ns
     stamp = min(max(int(seconds) * 10**9 + int(fraction[:9].ljust(9, "0")), 0), 2**63 - 1)
     os.utime(path, ns=(stamp, stamp), follow_symlinks=False)
@@ -1082,7 +1088,7 @@ def write_index(added=()):
     write_file(store("oci-layout"), {"imageLayoutVersion": "1.0.0"})
     manifests = []
     for image in {**{image.file: image.stored for image in all_images()}, **dict(added)}.values():
-        if all(map(is_stored, image["manifest"]["layers"])):  # or it waits until it is pulled again
+        if all(map(is_stored, (image, *image["manifest"]["layers"]))):  # or it waits until it is pulled again
             annotations = {"org.opencontainers.image.ref.name": full_name(image)}
             manifests.append({**oci_manifest(image), "annotations": annotations})
     write_file(store("index.json"), {"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": manifests})
@@ -1542,6 +1548,10 @@ def mount_kernel_filesystems(container):
     for name, number in LINKS.items():
         make_link(f"/proc/self/fd{number}", f"dev/{name}")
     mount_cgroups(container, shown)
+    etc = "." + os.path.realpath("/etc")
+    make_directory(etc)
+    if not os.path.lexists(f"{etc}/mtab"):
+        make_link("/proc/mounts", f"{etc}/mtab")
 
 def make_device(path, like):
     """A node as another one is: its type, its numbers, its mode."""
@@ -1585,9 +1595,6 @@ def mount_proc(container):
     See man 5 proc. Look: ps, in the container
     """
     mount_at("proc", "proc", "proc", HARMLESS)
-    mtab = "." + os.path.realpath("/etc/mtab")
-    if not os.path.lexists(mtab):
-        make_link("/proc/mounts", mtab)
 
 @step("mask")
 def mask_paths(container):
@@ -2204,8 +2211,8 @@ def read_colons(path):
     """Lines of /etc/passwd or /etc/group, as lists of fields, which may be short of some. Any file may stand there:
     a FIFO, or a kernel's."""
     text = ""
-    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), errors="replace") as file:
-        text = file.read(1 << 20) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else ""
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        text = file.read(1 << 20).decode(errors="replace") if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else ""
     entries = [[*line.strip().split(":"), *[""] * 6] for line in text.splitlines()]
     return [entry for entry in entries if is_id(entry[2])]
 
@@ -2372,7 +2379,9 @@ def parse(option, text):
     if isinstance(text, list):
         return [parse(option, one) for one in text]
     pattern, meaning, form = FORMS[option]
-    match = re.fullmatch(pattern, text.removeprefix("="), re.ASCII | re.DOTALL)  # -m=64m is -m 64m
+    if option != "--env" or text.count("=") > 1:
+        text = text.removeprefix("=")  # -m=64m is -m 64m, -e=K=V is -e K=V
+    match = re.fullmatch(pattern, text, re.ASCII | re.DOTALL)
     value = match and meaning(*match.groups())
     check(value is not None, f"invalid {option} '{text[:100]}': write {form}")
     return value
@@ -2636,6 +2645,8 @@ def attend(container):
 def end_others(container):
     """Without a pid namespace what it started is still there; what has lost its parent has become our child."""
     if "pid" not in container.parts:
+        for directory in container.cgroups:
+            end_members(directory)
         while orphans := read_kernel_file(f"/proc/self/task/{os.getpid()}/children").split():
             for pid in map(int, orphans):
                 os.kill(pid, signal.SIGKILL)

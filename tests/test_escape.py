@@ -319,7 +319,8 @@ def test_a_folder_of_the_image_that_is_a_symlink_to_the_host(run, image, tmp_pat
     (copy / "link").symlink_to(f"{up}{place}")
     assert SECRET in (copy / "link/file").read_text()  # that is how one falls for it
     folders = [images.folder("sys")] if name.startswith("sys/") else []
-    options = ["-w", f"/{name}/new", "-v", f"{tmp_path}:/{name}/volume"]
+    options = ["-w", f"/{name}/new"]
+    options += ["-v", f"{tmp_path}:/{name}/volume"] if name != "proc" else []  # which is refused, whatever the image is
     done = run(*options, image({}, [*folders, link]), "sh", "-c", f"cat /{name}/file")
     assert SECRET not in done.stdout and "Traceback" not in done.stderr
     assert listing(place) == before

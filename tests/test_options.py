@@ -47,7 +47,8 @@ def test_options_are_written_as_docker_s(run):
     for option in ["-e", "A=1"], ["-eA=1"], ["--env", "A=1"], ["--env=A=1"]:
         assert run(*option, "busybox", "sh", "-c", "echo $A").stdout == "1\n", option
     assert run("-iw/etc", "busybox", "pwd").stdout == "/etc\n"
-    assert run("-w=/etc", "-u=33", "--", "busybox", "sh", "-c", "pwd; id -u").stdout == "/etc\n33\n"
+    done = run("-w=/etc", "-u=33", "-e=A=1", "--", "busybox", "sh", "-c", "pwd; id -u; echo $A")
+    assert done.stdout == "/etc\n33\n1\n"
 
 
 @pytest.mark.parametrize("words", [["help", "run"], ["run", "--help"], ["run", "-it", "--help"], ["run", "-h"]])
@@ -89,7 +90,7 @@ LONG = "x" * 300
         (["-v", "/etc:/x", "-v", "/tmp:/x/"], "same place"),
         (["-u", "33:33:33"], "33:33:33"),
         (["--cap-add=CAP_"], "capability"),
-        *[([f"--env={value}"], "--env") for value in ["==x", "="]],
+        *[([f"--env={value}"], "--env") for value in ["=x", "="]],
         (["-v", f"/etc:/{LONG}"], "too long"),
         (["-v", f"/{LONG}:/x"], "too long"),
         (["-v", "/etc/passwd/x:/x"], "/etc/passwd/x"),
@@ -101,7 +102,7 @@ def test_wrong_values(run, options, word):
     one_line(run(*options, "busybox", "true"), word.encode("unicode_escape").decode() if "\n" in word else word)
 
 
-WRONG = ["--memory=much", "--env===x", "--workdir=x", "--volume=x", "--cap-add=NONE", "--without=x"]
+WRONG = ["--memory=much", "--env==x", "--workdir=x", "--volume=x", "--cap-add=NONE", "--without=x"]
 
 
 @pytest.mark.parametrize("option", WRONG)

@@ -369,9 +369,13 @@ def test_the_root_directory_is_root_s_whatever_the_layers_say(run, image):
     assert run(name, "stat", "-c", "%a %u", "/").stdout == "755 0\n"
 
 
-def test_mtab_leads_to_the_mounts(run, image):
+def test_mtab_leads_to_the_mounts(run, image, tmp_path):
     assert run("busybox", "readlink", "/etc/mtab").stdout == "/proc/mounts\n"
     assert run(image({}, [images.file("etc/mtab", b"mine\n")]), "cat", "/etc/mtab").stdout == "mine\n"
+    assert run(image({}, [images.symlink("etc/mtab", "/no/where")]), "readlink", "/etc/mtab").stdout == "/no/where\n"
+    (tmp_path / "etc").mkdir()
+    assert run("-v", f"{tmp_path}/etc:/etc", "busybox", "ls", "/etc").returncode == 0
+    assert "mtab" not in os.listdir(tmp_path / "etc")
 
 
 def test_an_empty_variable_of_the_image_is_none(run, image):
