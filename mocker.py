@@ -1548,7 +1548,7 @@ def mount_kernel_filesystems(container):
     for name, number in LINKS.items():
         make_link(f"/proc/self/fd{number}", f"dev/{name}")
     mount_cgroups(container, shown)
-    etc = "." + os.path.realpath("/etc")
+    etc = "." + os.path.realpath("/etc")  # where older programs look for the mounts
     make_directory(etc)
     if not os.path.lexists(f"{etc}/mtab"):
         make_link("/proc/mounts", f"{etc}/mtab")

@@ -264,13 +264,13 @@ def deleting(mocker, registry, tmp_path):
 
 def test_inside_docker_an_image_that_deletes(docker, deleting):
     out, err = in_docker(docker, deleting, "mocker pull tests/deleting; mocker run -q tests/deleting", "--privileged")
-    assert out == "hostname\nhosts\nkept\nresolv.conf\n"
+    assert out == "hostname\nhosts\nkept\nmtab\nresolv.conf\n"
     assert err.count("-v mocker:/root/mocker keeps it") == 1  # it has been there since
 
 
 def test_inside_docker_with_a_volume(docker, deleting):
     out, err = in_docker(docker, deleting, "mocker run --rm tests/deleting", "--privileged", "-v", "/root/mocker")
-    assert out == "hostname\nhosts\nkept\nresolv.conf\n"
+    assert out == "hostname\nhosts\nkept\nmtab\nresolv.conf\n"
     assert "tmpfs" not in err
 
 
