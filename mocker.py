@@ -383,7 +383,8 @@ class Registry:
         allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
         advice = f"{self.reference} can't be had now, try again later"
         here = origin(response.url)
-        # Which of the three it is depends on the registry, not on the reason; a CDN's says nothing of the image.
+        # Which of the three it is depends on the registry, not on the reason; of a blob, or by a CDN, it says nothing
+        # of the name.
         if status == 401 or status in (403, 404) and here == origin(self.base) and "/blobs/" not in response.url:
             advice = f"no such image: {self.reference}: check the name and the tag, or if it is private, {self.remedy}"
         elif status == 429:
@@ -491,7 +492,8 @@ def parse_json(raw, shape, what):
         return check_shape(json.loads(text, parse_constant=int), shape, what)  # NaN is no number in JSON, nor for int
 
 def check_shape(value, shape, what):
-    """`value`, if it is as the spec says: {"key": shape}, [shape], a type or a pattern. Nothing is guessed at."""
+    """`value`, if it is as the spec says: {"key": shape}, [shape], a type or a pattern. Nothing is guessed at,
+    but that a list which is missing is empty."""
     kind = shape if isinstance(shape, type) else type(shape)
     names = {dict: "an object", list: "a list", str: "valid text", int: "a number"}
     check(type(value) is kind and (kind is not int or value in range(1 << 63))
@@ -502,7 +504,7 @@ def check_shape(value, shape, what):
         if name == key or value.get(name) is not None:
             check_shape(value.get(name), inner, f"{what}'s {name}")
         elif isinstance(inner, list):
-            value[name] = []  # an empty list is left out, or null, where a program in Go wrote it
+            value[name] = []  # as Go's programs leave it out, or write null
     for item in value if isinstance(shape, list) else ():
         check_shape(item, shape[0], f"an entry of {what}")
     return value
@@ -686,7 +688,7 @@ def open_store():
     if not os.path.exists(store("index.json")):
         os.makedirs(store("blobs", "sha256"), exist_ok=True)
         with locked(HOME):
-            write_index()
+            write_index({})
 
 @contextlib.contextmanager
 def locked(directory, how=fcntl.LOCK_EX):
@@ -1083,11 +1085,11 @@ def pull_image(reference, platform=None):
         write_file(store(reference.file), stored)
     return Image(reference.file)
 
-def write_index(added=()):
+def write_index(added):
     """index.json (OCI image-spec, image-layout.md), made anew for the stored images and those {file: …} added."""
     write_file(store("oci-layout"), {"imageLayoutVersion": "1.0.0"})
     manifests = []
-    for image in {**{image.file: image.stored for image in all_images()}, **dict(added)}.values():
+    for image in {**{image.file: image.stored for image in all_images()}, **added}.values():
         if all(map(is_stored, (image, *image["manifest"]["layers"]))):  # or it waits until it is pulled again
             annotations = {"org.opencontainers.image.ref.name": full_name(image)}
             manifests.append({**oci_manifest(image), "annotations": annotations})
@@ -1164,7 +1166,7 @@ def verify(arguments):
             print(f"DAMAGED  {full_name(image.stored)}: {error}: pull it again")
             status = 1
     with locked(HOME):
-        write_index()
+        write_index({})
     return status
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
@@ -1483,7 +1485,7 @@ def take_along(container):
     """
     etc = [(f"{container.directory}/{name}", f"/etc/{name}", container.read_only) for name in ETC_FILES]
     parcels, devices = [], [like.st_rdev for like in container.devices.values()]  # that it has anyway
-    outer_first = sorted(etc + container.volumes, key=lambda row: os.path.normpath(row[1]).count("/"))
+    outer_first = sorted(etc + container.volumes, key=lambda row: row[1].count("/"))
     for source, target, read_only in outer_first:
         handle = call("open_tree", AT_FDCWD, source, OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC, what=source)
         options = ["nodev"] * (os.fstat(handle).st_rdev not in devices) + ["ro"] * read_only
@@ -1857,19 +1859,22 @@ def add_nat(subnet):
             ways = [f"filter FORWARD {way} {BRIDGE} -j ACCEPT" for way in ("-i", "-o")]
             add_iptables(tool, "mocker", ways, HOST.note)
 
+def hold_port(address, port, is_tcp):
+    """A socket that keeps others from the port for as long as the container runs."""
+    holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM if is_tcp else socket.SOCK_DGRAM)
+    # Of a server that was there before, connections may be waiting for their end.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_tcp)
+    holder.bind((address, port))
+    if is_tcp:
+        holder.listen()  # or another could bind it in the same way
+    return holder
+
 def publish_ports(container, undo):
     """-p: what arrives at a port of this machine is sent on to the container."""
     rules = []
     for address, outer, inner, protocol in container.ports:
-        # A socket keeps others from the port for as long as the container runs. SO_REUSEADDR: of a server that was
-        # there before, connections may be waiting for their end.
-        holder = socket.socket(socket.AF_INET, {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}[protocol])
         with explained(OSError, f"port {address}:{outer} can't be published ({{}}): choose another"):
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, protocol == "tcp")
-            holder.bind((address, outer))
-            if protocol == "tcp":
-                holder.listen()
-        container.holders.add(holder)
+            container.holders.add(hold_port(address, outer, protocol == "tcp"))
         at, to = address.replace("0.0.0.0", "0.0.0.0/0"), f"{container.address}:{inner}"
         rules += [(f"type nat hook {hook} priority -100; "
                    f"fib daddr type local ip daddr {at} {protocol} dport {outer} dnat to {to}",
@@ -3205,23 +3210,28 @@ def dispatch(argv):
     if name in ("help", "-h", "--help") or (function and words[:1] in (["-h"], ["--help"])):
         return print(usage.strip())
     try:
-        if not function:
-            raise docopt.DocoptExit
-        # docopt takes no options after the first word that is none, so that `ls -l` can follow `run busybox`;
-        # the command's own name must not be that word. (doctor must be able to say that docopt is missing.)
-        plain = usage.replace(f"mocker {name}", "mocker")
-        arguments = {} if argv == ["doctor"] else docopt.docopt(plain, words, False, options_first=function is run)
+        arguments = parse_words(name, function, usage, words)
     except docopt.DocoptExit:
         if "--help" in words:
             return print(usage.strip())
         print(usage[usage.index("Usage:") :].partition("\n\nTry")[0].strip(), file=sys.stderr)
         return 125 if argv else 1
-    if function is not doctor:  # which must be able to say what it is that is missing
+    if function is not doctor:  # which must be able to say that colorama is missing
         set_story(arguments)
     sweep()
     if function not in (images, serve, doctor):
         need_root(name)
     return function(arguments)
+
+def parse_words(name, function, usage, words):
+    """→ {"--option" or "<argument>": its value}; DocoptExit if there is no such command, or it takes other words."""
+    if not function:
+        raise docopt.DocoptExit
+    if function is doctor and not words:  # which must be able to say that docopt is missing, too
+        return {}
+    # docopt takes no options after the first word that is none, so that `ls -l` can follow `run busybox`;
+    # the command's own name must not be that word.
+    return docopt.docopt(usage.replace(f"mocker {name}", "mocker"), words, False, options_first=function is run)
 
 def interrupted(number, frame):
     """Ctrl-C or SIGTERM before the container runs: undo what was done so far, undisturbed by a second one, then end."""
