@@ -123,13 +123,15 @@ def explained(kinds, message):
         raise MockerError(message.replace("{}", reason), number=getattr(error, "errno", 0)) from None
 
 def write_line(text, style=""):
-    """In one write, over a progress bar if there is one."""
     shown = printable(text)
     shown = shown if len(shown) < 900 or not style else f"{shown[:500]}…{shown[-300:]}"  # with whatever names in it
-    bar = "\r\033[K" * os.isatty(story.output)
-    line = f"{bar}{story.style.get(style, '')}{shown}{story.style.get('end', '') if style else ''}\n"
+    line = f"{story.style.get(style, '')}{shown}{story.style.get('end', '') if style else ''}\n"
+    show(line.encode(errors="backslashreplace"))
+
+def show(lines):
+    """In one write, over a progress bar if there is one."""
     with contextlib.suppress(OSError):  # that stderr is closed is no error
-        os.write(story.output, line.encode(errors="backslashreplace"))
+        os.write(story.output, b"\r\033[K" * os.isatty(story.output) + lines)
 
 def printable(text):
     """What isn't must not reach the terminal, which would obey it."""
@@ -852,12 +854,29 @@ def confined(directory):
         sys.meta_path = finders
 
 class Unpacker:
-    """A tar on its way onto the layers below it, in a process whose root they are."""
+    """A tar on its way into directory/upper, which is in the root directory of this process meanwhile."""
 
-    def __init__(self, tar):
-        self.tar, self.names = tar, []  # the first ten names, to be shown
+    def __init__(self, tar, below, directory):
+        self.tar, self.below, self.directory = tar, below, directory
+        self.root = contextlib.ExitStack()  # what ends it being the root
+        self.names = []  # the first ten, to be shown
         self.placed = set()  # what this layer has brought: no whiteout of its own touches that
         self.times = {}  # of directories: set last, since each new file changes its directory's
+
+    def stand_on(self, layers):
+        """The root directory: the layers, the topmost first, and over them what has been unpacked so far."""
+        mount_overlay(layers, self.directory)
+        self.root.callback(unmount, f"{self.directory}/rootfs")
+        self.root.enter_context(confined(f"{self.directory}/rootfs"))
+
+    def look_below(self):
+        """What comes next concerns the layers below. They may still be on their way: wait, and go on upon them."""
+        if self.below:
+            below, self.below = self.below, []
+            self.root.close()
+            while not all(map(os.path.isdir, below)):
+                time.sleep(0.01)
+            self.stand_on(below[::-1])
 
     def unpack(self):
         file = self.tar.fileobj
@@ -877,12 +896,17 @@ class Unpacker:
     def place(self, member, path):
         """One member of the tar. A later one replaces an earlier one, and what the layers below have there."""
         folder, name = os.path.split(path)
-        folder = folder if folder in self.times else os.path.realpath(folder)  # a symlink may lead there
+        if folder not in self.times:
+            if not os.path.isdir(folder):
+                self.look_below()
+            folder = os.path.realpath(folder)  # a symlink may lead there
         path = os.path.join(folder, name)
         if name.startswith(".wh."):
             self.whiteout(folder, name[len(".wh.") :])
         else:
             self.enter(folder)
+            if path in self.placed:
+                self.look_below()  # a directory in place of a file hides one below
             self.placed.add(path)
             if not (member.isdir() and is_directory(path)):
                 self.remove(path)
@@ -901,11 +925,14 @@ class Unpacker:
             self.tar.makefile(member, path)  # sparse ones, too
         elif member.islnk():
             target = rooted(member.linkname)
+            if not os.path.lexists(target):
+                self.look_below()
             check(os.path.lexists(target) and not is_directory(target),
                   f"a layer has a hard link '{path}' to '{target}', which is nowhere: this image is broken")
             os.link(target, path, follow_symlinks=False)
         else:
             check(member.isdev(), f"a layer has '{member.name}' of unknown type: broken")
+            self.look_below()  # an overlay refuses the device that means a whiteout
             (self.tar.makefifo if member.isfifo() else self.tar.makedev)(member, path)
 
     def enter(self, folder):
@@ -941,6 +968,7 @@ class Unpacker:
 
     def hide(self, path):
         """What the layers below have there goes, what this one has brought stays."""
+        self.look_below()
         if path not in self.placed and os.path.lexists(path):
             self.enter(os.path.dirname(path))
             self.remove(path)
@@ -978,21 +1006,21 @@ def set_metadata(path, member):
     return stamp
 
 def unpack_layer(digest, diff_ids, directory):
-    """A layer's blob onto the layers below, under an overlay: the kernel notes the difference in directory/upper.
+    """A layer's blob, alone as long as it can be, then onto the layers below, under an overlay.
 
-    So a parent directory that the tar leaves out keeps its mode, a hard link finds its target, and what a
-    whiteout removes becomes what overlayfs knows as one. → the first ten names
+    There the kernel notes the difference in directory/upper. So a parent directory that the tar leaves out
+    keeps its mode, a hard link finds its target, and what a whiteout removes becomes what overlayfs knows as
+    one. → the first ten names
     """
     *below, layer = layer_paths(diff_ids)
     # (The thread ends outside: an older C library loads something to end one, and must not take it from the image.)
     with explained(*DAMAGED), open(blob_path(digest), "rb") as blob, futures.ThreadPoolExecutor(1) as thread:
         file = TarStream(checked(read_ahead(decompressed(blob), thread), diff_ids[-1]))
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
-        unpacker = Unpacker(tar)
-        mount_overlay(below[::-1], directory)
-        with confined(f"{directory}/rootfs"):
+        unpacker = Unpacker(tar, below, directory)
+        with unpacker.root:
+            unpacker.stand_on([])
             unpacker.unpack()
-        unmount(f"{directory}/rootfs")  # (after a fault, it goes with this process)
     with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
         os.rename(f"{directory}/upper", layer)
     check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
@@ -1012,10 +1040,21 @@ def is_stored(blob):
     path = blob_path(blob["digest"])
     return os.path.exists(path) and os.path.getsize(path) == blob["size"]
 
-def fetch_layer(reference, authorization, blob, partial):
-    """In a worker, with a connection of its own."""
-    if not (is_stored(blob) and is_whole(blob["digest"])):
-        fetch_blob(Registry(reference, authorization), blob, partial)
+def bring_layer(reference, authorization, blob, diff_ids, partial):
+    """Fetch it, by a connection of its own, and unpack it. → what it has told, for when it is this layer's turn"""
+    with locked(os.path.join(partial, f"{blob['digest'][7:]}.lock")):  # two layers may be the same blob
+        if not (is_stored(blob) and is_whole(blob["digest"])):
+            fetch_blob(Registry(reference, authorization), blob, partial)
+    with open(os.memfd_create("told"), "rb") as told:
+        shown, story.output = story.output, told.fileno()
+        try:
+            for name in unpack_layer(blob["digest"], diff_ids, os.path.join(partial, str(len(diff_ids)))):
+                say(f"- {name}")
+            say("...")
+        finally:
+            story.output = shown
+        told.seek(0)
+        return told.read()
 
 def draw_progress(blob, partial):
     """[########                ] 12.3 of 153.9 MiB"""
@@ -1043,8 +1082,8 @@ def fetch_layers(registry, layers, diff_ids, partial):
     """Fetch the layers, and unpack each
 
     A layer is a tar of what one build step changed: the files it added, and whiteouts, names that
-    begin with `.wh.`, for those it deleted. Three workers download at a time; another unpacks, one layer
-    after the other, chrooted into an overlay of the layers below. What is there already is not fetched again.
+    begin with `.wh.`, for those it deleted. Three workers download a layer each, and unpack it, chrooted into
+    its directory; for a whiteout, into an overlay of the layers below. What is there is not fetched again.
     See the OCI image-spec, layer.md. Look: ls ~/mocker/layers
     """
     places, authorization = layer_paths(diff_ids), registry.session.headers.get("Authorization")
@@ -1052,19 +1091,14 @@ def fetch_layers(registry, layers, diff_ids, partial):
     if not missing:
         say("Nothing to fetch: all of it is here")
         return
-    blobs = {layers[n]["digest"]: layers[n] for n in missing}  # two layers may have the same one
-    with workers(3) as fetchers, workers(1) as unpacker:
-        fetched = {digest: fetchers.submit(fetch_layer, registry.reference, authorization, blob, partial)
-                   for digest, blob in blobs.items()}
-        for n in missing:
-            digest = layers[n]["digest"]
-            say(f"Fetching layer {digest}..")
-            while not futures.wait([fetched[digest]], 0.25).done:
+    with workers(3) as pool:
+        jobs = [pool.submit(bring_layer, registry.reference, authorization, layers[n], diff_ids[: n + 1], partial)
+                for n in missing]
+        for n, job in zip(missing, jobs):
+            say(f"Fetching layer {layers[n]['digest']}..")
+            while not futures.wait([job], 0.25).done:
                 draw_progress(layers[n], partial)
-            fetched[digest].result()
-            job = unpacker.submit(unpack_layer, digest, diff_ids[: n + 1], os.path.join(partial, str(n)))
-            for line in [f"- {name}" for name in job.result()] + ["..."]:
-                say(line)
+            show(job.result())
 
 def pull_image(reference, platform=None):
     """From a name to a stored image: manifest, config, layers. → Image"""
