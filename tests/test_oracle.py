@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="Docker and namespaces need root"),
-    pytest.mark.usefixtures("host_as_before"),
+    pytest.mark.usefixtures("ip_netns", "host_as_before"),  # podman mounts /run/netns, too
 ]
 host_as_before = host.host_as_before
 
