@@ -834,6 +834,11 @@ class TarStream:
         while position > self.position and self.read(min(position - self.position, 1 << 20)):
             pass
 
+def wait_until(holds, *arguments):
+    """For what another worker brings. If it can't, that ends us all."""
+    while not holds(*arguments):
+        time.sleep(0.01)
+
 @contextlib.contextmanager
 def confined(directory):
     """chroot into a directory, and back: no path in a tar can name anything outside it.
@@ -854,12 +859,15 @@ def confined(directory):
         sys.meta_path = finders
 
 class Unpacker:
-    """A tar on its way into directory/upper, which is in the root directory of this process meanwhile."""
+    """A tar on its way into directory/upper, which is in the root directory of this process meanwhile.
+
+    As long as it can, it stays alone there; then it goes onto the layers below, once those have come.
+    """
 
     def __init__(self, tar, below, directory):
-        self.tar, self.below, self.directory = tar, below, directory
+        self.tar, self.below, self.directory, self.alone = tar, below, directory, True
         self.root = contextlib.ExitStack()  # what ends it being the root
-        self.names = []  # the first ten, to be shown
+        self.names, self.whiteouts = [], []  # the first ten, to be shown; those that wait for the layers below
         self.placed = set()  # what this layer has brought: no whiteout of its own touches that
         self.times = {}  # of directories: set last, since each new file changes its directory's
 
@@ -870,23 +878,27 @@ class Unpacker:
         self.root.enter_context(confined(f"{self.directory}/rootfs"))
 
     def look_below(self):
-        """What comes next concerns the layers below. They may still be on their way: wait, and go on upon them."""
-        if self.below:
-            below, self.below = self.below, []
+        """What comes next concerns the layers below."""
+        if self.alone and self.below:
+            self.alone = False
             self.root.close()
-            while not all(map(os.path.isdir, below)):
-                time.sleep(0.01)
-            self.stand_on(below[::-1])
+            wait_until(lambda: all(map(os.path.isdir, self.below)))
+            self.stand_on(self.below[::-1])
+        waiting, self.whiteouts = self.whiteouts, []
+        for folder, name in waiting:
+            self.whiteout(folder, name)
 
     def unpack(self):
         file = self.tar.fileobj
         while member := self.tar.next():
             self.tar.members.clear()  # or tarfile keeps them all
-            check(not {*self.tar.pax_headers} & {*tarfile.PAX_FIELDS},
+            check(not self.tar.pax_headers.keys() & tarfile.PAX_FIELDS,
                   "a layer has a global header for all its files, which docker would ignore: broken, or a trick")
             name = member.pax_headers.get("GNU.sparse.name", member.name)  # which tarfile forgets for a longer path
             self.names = [*self.names, name][:10]
             self.place(member, rooted(name))
+        if self.whiteouts:
+            self.look_below()
         # tarfile takes a damaged header for the end, which is two blocks of zeros.
         check(not (file.last + file.read(512)).strip(b"\0"), "a layer has a damaged header: pull again")
         file.seek(sys.maxsize)  # to the real end, where the diff_id is checked
@@ -902,18 +914,26 @@ class Unpacker:
             folder = os.path.realpath(folder)  # a symlink may lead there
         path = os.path.join(folder, name)
         if name.startswith(".wh."):
-            self.whiteout(folder, name[len(".wh.") :])
+            self.whiteouts.append((folder, name[len(".wh.") :]))
+            if not self.alone:
+                self.look_below()
         else:
             self.enter(folder)
-            if path in self.placed:
-                self.look_below()  # a directory in place of a file hides one below
-            self.placed.add(path)
+            if self.concerns_others(member, path):
+                self.look_below()
             if not (member.isdir() and is_directory(path)):
                 self.remove(path)
                 self.make(member, path)
+            self.placed.add(path)
             if not member.islnk():
                 stamp = set_metadata(path, member)
                 self.times.update({path: stamp} if member.isdir() else {})
+
+    def concerns_others(self, member, path):
+        """Can it be made only where the layers below are?"""
+        return (path in self.placed  # a directory in place of a file hides one below
+                or member.isdev()  # an overlay refuses the device that means a whiteout
+                or member.islnk() and not os.path.lexists(rooted(member.linkname)))
 
     def make(self, member, path):
         """What the header says, where nothing is now."""
@@ -925,14 +945,11 @@ class Unpacker:
             self.tar.makefile(member, path)  # sparse ones, too
         elif member.islnk():
             target = rooted(member.linkname)
-            if not os.path.lexists(target):
-                self.look_below()
             check(os.path.lexists(target) and not is_directory(target),
                   f"a layer has a hard link '{path}' to '{target}', which is nowhere: this image is broken")
             os.link(target, path, follow_symlinks=False)
         else:
             check(member.isdev(), f"a layer has '{member.name}' of unknown type: broken")
-            self.look_below()  # an overlay refuses the device that means a whiteout
             (self.tar.makefifo if member.isfifo() else self.tar.makedev)(member, path)
 
     def enter(self, folder):
@@ -948,6 +965,8 @@ class Unpacker:
 
     def remove(self, path):
         check(path != "/", "a layer's root is no directory: this image is broken")
+        if self.alone and path not in self.placed:
+            return  # nothing can be there
         try:
             os.unlink(path)
         except IsADirectoryError:
@@ -955,7 +974,7 @@ class Unpacker:
                 self.times.pop(folder, None)
             shutil.rmtree(path)
         except FileNotFoundError:
-            pass  # as for nearly every member
+            pass
 
     def whiteout(self, folder, name):
         """`.wh.NAME` deletes NAME of the layers below, `.wh..wh..opq` all that they have in this directory."""
@@ -968,7 +987,6 @@ class Unpacker:
 
     def hide(self, path):
         """What the layers below have there goes, what this one has brought stays."""
-        self.look_below()
         if path not in self.placed and os.path.lexists(path):
             self.enter(os.path.dirname(path))
             self.remove(path)
@@ -1005,18 +1023,19 @@ def set_metadata(path, member):
     os.utime(path, ns=(stamp, stamp), follow_symlinks=False)
     return stamp
 
-def unpack_layer(digest, diff_ids, directory):
-    """A layer's blob, alone as long as it can be, then onto the layers below, under an overlay.
+def unpack_layer(blob, diff_ids, directory):
+    """A layer alone, as long as it can be; then onto the layers below, under an overlay.
 
     There the kernel notes the difference in directory/upper. So a parent directory that the tar leaves out
     keeps its mode, a hard link finds its target, and what a whiteout removes becomes what overlayfs knows as
-    one. → the first ten names
+    one.
     """
     *below, layer = layer_paths(diff_ids)
+    wait_until(is_stored, blob)
     # (The thread ends outside: an older C library loads something to end one, and must not take it from the image.)
-    with explained(*DAMAGED), open(blob_path(digest), "rb") as blob, futures.ThreadPoolExecutor(1) as thread:
-        file = TarStream(checked(read_ahead(decompressed(blob), thread), diff_ids[-1]))
-        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
+    with explained(*DAMAGED), open(blob_path(blob["digest"]), "rb") as file, futures.ThreadPoolExecutor(1) as thread:
+        stream = TarStream(checked(read_ahead(decompressed(file), thread), diff_ids[-1]))
+        tar = tarfile.TarFile(fileobj=stream, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar, below, directory)
         with unpacker.root:
             unpacker.stand_on([])
@@ -1024,7 +1043,8 @@ def unpack_layer(digest, diff_ids, directory):
     with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
         os.rename(f"{directory}/upper", layer)
     check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
-    return unpacker.names
+    for line in [f"- {name}" for name in unpacker.names] + ["..."]:
+        say(line)
 
 # ── Pull ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1040,19 +1060,16 @@ def is_stored(blob):
     path = blob_path(blob["digest"])
     return os.path.exists(path) and os.path.getsize(path) == blob["size"]
 
-def bring_layer(reference, authorization, blob, diff_ids, partial):
-    """Fetch it, by a connection of its own, and unpack it. → what it has told, for when it is this layer's turn"""
-    with locked(os.path.join(partial, f"{blob['digest'][7:]}.lock")):  # two layers may be the same blob
-        if not (is_stored(blob) and is_whole(blob["digest"])):
-            fetch_blob(Registry(reference, authorization), blob, partial)
+def fetch_layer(reference, authorization, blob, partial):
+    """In a worker, with a connection of its own."""
+    if not is_stored(blob):
+        fetch_blob(Registry(reference, authorization), blob, partial)
+
+def told_later(function, *arguments):
+    """In a worker: do it. → what that told, for when it is its turn to be shown"""
     with open(os.memfd_create("told"), "rb") as told:
-        shown, story.output = story.output, told.fileno()
-        try:
-            for name in unpack_layer(blob["digest"], diff_ids, os.path.join(partial, str(len(diff_ids)))):
-                say(f"- {name}")
-            say("...")
-        finally:
-            story.output = shown
+        story.output = told.fileno()
+        function(*arguments)
         told.seek(0)
         return told.read()
 
@@ -1082,8 +1099,8 @@ def fetch_layers(registry, layers, diff_ids, partial):
     """Fetch the layers, and unpack each
 
     A layer is a tar of what one build step changed: the files it added, and whiteouts, names that
-    begin with `.wh.`, for those it deleted. Three workers download a layer each, and unpack it, chrooted into
-    its directory; for a whiteout, into an overlay of the layers below. What is there is not fetched again.
+    begin with `.wh.`, for those it deleted. Three workers download, three unpack, chrooted into the layer's
+    directory; for whiteouts, into an overlay of the layers below. What is there already is not fetched again.
     See the OCI image-spec, layer.md. Look: ls ~/mocker/layers
     """
     places, authorization = layer_paths(diff_ids), registry.session.headers.get("Authorization")
@@ -1091,14 +1108,21 @@ def fetch_layers(registry, layers, diff_ids, partial):
     if not missing:
         say("Nothing to fetch: all of it is here")
         return
-    with workers(3) as pool:
-        jobs = [pool.submit(bring_layer, registry.reference, authorization, layers[n], diff_ids[: n + 1], partial)
-                for n in missing]
-        for n, job in zip(missing, jobs):
-            say(f"Fetching layer {layers[n]['digest']}..")
-            while not futures.wait([job], 0.25).done:
+    blobs = {layers[n]["digest"]: layers[n] for n in missing}  # two layers may have the same one
+    for digest in blobs:
+        is_whole(digest)  # or it goes, to be fetched again
+    with workers(3) as fetchers, workers(3) as unpackers:
+        fetched = {digest: fetchers.submit(fetch_layer, registry.reference, authorization, blob, partial)
+                   for digest, blob in blobs.items()}
+        unpacked = {n: unpackers.submit(told_later, unpack_layer, layers[n], diff_ids[: n + 1], f"{partial}/{n}")
+                    for n in missing}
+        for n, layer in unpacked.items():
+            digest = layers[n]["digest"]
+            say(f"Fetching layer {digest}..")
+            while not futures.wait([fetched[digest]], 0.25).done:
                 draw_progress(layers[n], partial)
-            show(job.result())
+            fetched[digest].result()
+            show(layer.result())
 
 def pull_image(reference, platform=None):
     """From a name to a stored image: manifest, config, layers. → Image"""

@@ -480,11 +480,16 @@ def snapshot(root):
 
 
 def changes(root, before, after):
-    """The entries of a layer that leads from the one snapshot to the other."""
-    entries = [whiteout(path) for path in sorted(before) if is_gone(root, path)]
+    """The entries of a layer that leads from the one snapshot to the other; folders on the way, as docker has them."""
+    gone = {path for path in before if is_gone(root, path)}
+    new = {path for path in after if after[path] != before.get(path)}
+    above = {str(folder) for path in gone | new for folder in Path(path).parents[:-1]}
+    entries = []
     with tarfile.open(fileobj=io.BytesIO(), mode="w") as reader:  # remembers the hard links
-        for path in sorted(after):
-            if after[path] != before.get(path):
+        for path in sorted(gone | new | above):
+            if path in gone:
+                entries += [whiteout(path)]
+            else:
                 info = reader.gettarinfo(root / path, path)
                 info.uname, info.gname, info.mtime = "", "", int(info.mtime)
                 info.pax_headers = xattrs(root / path)
