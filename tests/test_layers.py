@@ -1,14 +1,17 @@
 """What a pulled image's layers add up to, entry by entry, against umoci and Docker."""
 
 import gzip
+import json
 import os
 import subprocess
 import tarfile
+import time
 
 import images
 import oracle
 import pytest
 import store
+from containers import one_line
 from images import DOCKER, OCI, device, entry, file, folder, hardlink, layer, opaque, symlink, whiteout
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners, devices and mounts need root")
@@ -419,6 +422,35 @@ def test_a_hard_link_to_what_is_not_there_any_more_is_refused(entries, quick, ho
     done = quick("pull", "-q", fake.put("x", fake.layout.image(layers)))
     assert (done.returncode, store.stored(home)) == (125, [])
     assert "hard link" in done.stderr and "etc/motd" in done.stderr
+
+
+def test_a_layer_is_unpacked_while_those_below_are_on_their_way(quick, home, fake, tmp_path):
+    """It waits for them only where it speaks of them."""
+    descriptor = fake.layout.image([layer(BASE), layer([folder("d", 0o711), file("d/new", b"new")])])
+    base = json.loads(fake.path(descriptor["digest"]).read_text())["layers"][0]["digest"]
+    came_first = []
+
+    def slowly(handler):
+        if handler.path.endswith(base):
+            deadline = time.monotonic() + 20
+            while not came_first and time.monotonic() < deadline:
+                came_first.extend((home / "layers").iterdir())
+                time.sleep(0.01)
+
+    fake.intercept = slowly
+    pull(lambda *words, env: quick(*words, env={**env, "MOCKER_TIMEOUT": "30"}), fake, descriptor)
+    assert len(came_first) == 1
+    names = {item.path: item.mode for item in store.rootfs(home, "library_image.json", tmp_path)}
+    assert names["d"] == "0711" and {"d/new", "etc/motd"} <= set(names)
+
+
+@pytest.mark.parametrize("waits", [whiteout("tool"), file("etc/new"), hardlink("hard", "tool")])
+def test_what_waits_for_a_damaged_layer_ends_with_it(waits, quick, home, fake):
+    damaged = fake.layout.blob(b"no tar" * 100, OCI["gzip"]), images.digest(layer(BASE))
+    for layers in ([damaged, layer([waits])], [layer(BASE), damaged, layer([waits]), layer([waits]), layer([waits])]):
+        done = quick("pull", "-q", fake.put("x", fake.layout.image(layers)))
+        assert one_line(done, "a layer is damaged, or no tar")
+        assert store.stored(home) == store.faults(home) == []
 
 
 def test_127_layers_run(mocker, fake):
