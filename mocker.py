@@ -131,7 +131,7 @@ def write_line(text, style=""):
 def show(lines):
     """In one write, over a progress bar if there is one."""
     with contextlib.suppress(OSError):  # that stderr is closed is no error
-        os.write(story.output, b"\r\033[K" * os.isatty(story.output) + lines)
+        os.write(story.output, lines and b"\r\033[K" * os.isatty(story.output) + lines)
 
 def printable(text):
     """What isn't must not reach the terminal, which would obey it."""
@@ -589,6 +589,7 @@ def fetch_config(registry, manifest, partial):
     check(blob["size"] <= MANIFEST_LIMIT, f"the config of {what} is larger than 4 MiB: no real one is")
     check(not any(re.search("nondistributable|foreign", layer.get("mediaType") or "") for layer in layers),
           f"{what} has a foreign layer, as Windows images do: it can't run here")
+    check(len(layers) <= 500, f"{what} has {len(layers)} layers, and overlayfs takes 500: it can't run here")
     if read_blob(blob["digest"]) is None:
         fetch_blob(registry, blob, partial)
     config = parse_json(read_blob(blob["digest"]), CONFIG, f"{what}'s config")
@@ -834,9 +835,9 @@ class TarStream:
         while position > self.position and self.read(min(position - self.position, 1 << 20)):
             pass
 
-def wait_until(holds, *arguments):
-    """For what another worker brings. If it can't, that ends us all."""
-    while not holds(*arguments):
+def wait_until(holds, thing):
+    """Another worker is to bring it. If that fails, our parent ends us all."""
+    while not holds(thing):
         time.sleep(0.01)
 
 @contextlib.contextmanager
@@ -859,15 +860,14 @@ def confined(directory):
         sys.meta_path = finders
 
 class Unpacker:
-    """A tar on its way into directory/upper, which is in the root directory of this process meanwhile.
-
-    As long as it can, it stays alone there; then it goes onto the layers below, once those have come.
-    """
+    """A tar on its way into directory/upper: alone at first, with that as the root directory of this process;
+    from the first entry that needs the layers below, over them, once they are here."""
 
     def __init__(self, tar, below, directory):
         self.tar, self.below, self.directory, self.alone = tar, below, directory, True
-        self.root = contextlib.ExitStack()  # what ends it being the root
-        self.names, self.whiteouts = [], []  # the first ten, to be shown; those that wait for the layers below
+        self.root = contextlib.ExitStack()  # undoes stand_on
+        self.names = []  # the first ten, to be shown
+        self.whiteouts = []  # they can wait for the end: what this layer brings, before or after, they spare
         self.placed = set()  # what this layer has brought: no whiteout of its own touches that
         self.times = {}  # of directories: set last, since each new file changes its directory's
 
@@ -877,12 +877,13 @@ class Unpacker:
         self.root.callback(unmount, f"{self.directory}/rootfs")
         self.root.enter_context(confined(f"{self.directory}/rootfs"))
 
-    def look_below(self):
-        """What comes next concerns the layers below."""
+    def go_below(self):
+        """Onto the layers below, if there are any, once they are here; then do the whiteouts that waited."""
         if self.alone and self.below:
             self.alone = False
             self.root.close()
-            wait_until(lambda: all(map(os.path.isdir, self.below)))
+            for layer in self.below:
+                wait_until(os.path.isdir, layer)
             self.stand_on(self.below[::-1])
         waiting, self.whiteouts = self.whiteouts, []
         for folder, name in waiting:
@@ -898,7 +899,7 @@ class Unpacker:
             self.names = [*self.names, name][:10]
             self.place(member, rooted(name))
         if self.whiteouts:
-            self.look_below()
+            self.go_below()
         # tarfile takes a damaged header for the end, which is two blocks of zeros.
         check(not (file.last + file.read(512)).strip(b"\0"), "a layer has a damaged header: pull again")
         file.seek(sys.maxsize)  # to the real end, where the diff_id is checked
@@ -910,17 +911,17 @@ class Unpacker:
         folder, name = os.path.split(path)
         if folder not in self.times:
             if not os.path.isdir(folder):
-                self.look_below()
+                self.go_below()
             folder = os.path.realpath(folder)  # a symlink may lead there
         path = os.path.join(folder, name)
         if name.startswith(".wh."):
             self.whiteouts.append((folder, name[len(".wh.") :]))
             if not self.alone:
-                self.look_below()
+                self.go_below()
         else:
             self.enter(folder)
-            if self.concerns_others(member, path):
-                self.look_below()
+            if self.needs_below(member, path):
+                self.go_below()
             if not (member.isdir() and is_directory(path)):
                 self.remove(path)
                 self.make(member, path)
@@ -929,10 +930,9 @@ class Unpacker:
                 stamp = set_metadata(path, member)
                 self.times.update({path: stamp} if member.isdir() else {})
 
-    def concerns_others(self, member, path):
-        """Can it be made only where the layers below are?"""
-        return (path in self.placed  # a directory in place of a file hides one below
-                or member.isdev()  # an overlay refuses the device that means a whiteout
+    def needs_below(self, member, path):
+        return (path in self.placed and not (member.isdir() and is_directory(path))  # it may have to hide what is below
+                or member.ischr()  # an overlay refuses the device that means a whiteout
                 or member.islnk() and not os.path.lexists(rooted(member.linkname)))
 
     def make(self, member, path):
@@ -966,7 +966,7 @@ class Unpacker:
     def remove(self, path):
         check(path != "/", "a layer's root is no directory: this image is broken")
         if self.alone and path not in self.placed:
-            return  # nothing can be there
+            return  # alone, there is only what it has placed
         try:
             os.unlink(path)
         except IsADirectoryError:
@@ -1024,11 +1024,10 @@ def set_metadata(path, member):
     return stamp
 
 def unpack_layer(blob, diff_ids, directory):
-    """A layer alone, as long as it can be; then onto the layers below, under an overlay.
+    """A layer's blob → its directory in layers/.
 
-    There the kernel notes the difference in directory/upper. So a parent directory that the tar leaves out
-    keeps its mode, a hard link finds its target, and what a whiteout removes becomes what overlayfs knows as
-    one.
+    An overlay of those below lets the kernel note the difference in directory/upper: a parent directory that the
+    tar leaves out keeps its mode, a hard link finds its target, a whiteout becomes what overlayfs knows as one.
     """
     *below, layer = layer_paths(diff_ids)
     wait_until(is_stored, blob)
@@ -1066,7 +1065,7 @@ def fetch_layer(reference, authorization, blob, partial):
         fetch_blob(Registry(reference, authorization), blob, partial)
 
 def told_later(function, *arguments):
-    """In a worker: do it. → what that told, for when it is its turn to be shown"""
+    """In a worker. → what the function told, to be shown when its layer's turn comes"""
     with open(os.memfd_create("told"), "rb") as told:
         story.output = told.fileno()
         function(*arguments)
@@ -1100,7 +1099,7 @@ def fetch_layers(registry, layers, diff_ids, partial):
 
     A layer is a tar of what one build step changed: the files it added, and whiteouts, names that
     begin with `.wh.`, for those it deleted. Three workers download, three unpack, chrooted into the layer's
-    directory; for whiteouts, into an overlay of the layers below. What is there already is not fetched again.
+    directory; for whiteouts, into an overlay of the layers below, too. What is there is not fetched again.
     See the OCI image-spec, layer.md. Look: ls ~/mocker/layers
     """
     places, authorization = layer_paths(diff_ids), registry.session.headers.get("Authorization")
@@ -1109,20 +1108,21 @@ def fetch_layers(registry, layers, diff_ids, partial):
         say("Nothing to fetch: all of it is here")
         return
     blobs = {layers[n]["digest"]: layers[n] for n in missing}  # two layers may have the same one
-    for digest in blobs:
-        is_whole(digest)  # or it goes, to be fetched again
     with workers(3) as fetchers, workers(3) as unpackers:
+        list(fetchers.map(is_whole, blobs))  # those that aren't go, to be fetched again
         fetched = {digest: fetchers.submit(fetch_layer, registry.reference, authorization, blob, partial)
                    for digest, blob in blobs.items()}
-        unpacked = {n: unpackers.submit(told_later, unpack_layer, layers[n], diff_ids[: n + 1], f"{partial}/{n}")
-                    for n in missing}
-        for n, layer in unpacked.items():
+        unpacked = {n: unpackers.submit(told_later, unpack_layer, blobs[layers[n]["digest"]], diff_ids[: n + 1],
+                                        os.path.join(partial, str(n))) for n in missing}
+        for n, job in unpacked.items():
             digest = layers[n]["digest"]
             say(f"Fetching layer {digest}..")
             while not futures.wait([fetched[digest]], 0.25).done:
                 draw_progress(layers[n], partial)
             fetched[digest].result()
-            show(layer.result())
+            while not futures.wait([job], 1).done:  # all that it waits for is here now, unless someone took it
+                check(is_stored(blobs[digest]) and all(map(os.path.isdir, places[:n])), "a layer is gone: pull again")
+            show(job.result())
 
 def pull_image(reference, platform=None):
     """From a name to a stored image: manifest, config, layers. → Image"""

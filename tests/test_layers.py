@@ -424,9 +424,19 @@ def test_a_hard_link_to_what_is_not_there_any_more_is_refused(entries, quick, ho
     assert "hard link" in done.stderr and "etc/motd" in done.stderr
 
 
-def test_a_layer_is_unpacked_while_those_below_are_on_their_way(quick, home, fake, tmp_path):
+ALONE = {  # what needs no layer below
+    "plain": [],
+    "root": [folder("./")],
+    "twice": [folder("d", 0o700)],
+    "fifo": [folder("d"), entry("d/fifo", tarfile.FIFOTYPE, 0o600)],
+}
+
+
+@pytest.mark.parametrize("before", ALONE.values(), ids=ALONE)
+def test_a_layer_is_unpacked_while_those_below_are_on_their_way(before, quick, home, fake, tmp_path):
     """It waits for them only where it speaks of them."""
-    descriptor = fake.layout.image([layer(BASE), layer([folder("d", 0o711), file("d/new", b"new")])])
+    entries = [*before, folder("d", 0o711), file("d/new", b"new")]
+    descriptor = fake.layout.image([layer(BASE), layer(entries)])
     base = json.loads(fake.path(descriptor["digest"]).read_text())["layers"][0]["digest"]
     came_first = []
 
@@ -451,6 +461,40 @@ def test_what_waits_for_a_damaged_layer_ends_with_it(waits, quick, home, fake):
         done = quick("pull", "-q", fake.put("x", fake.layout.image(layers)))
         assert one_line(done, "a layer is damaged, or no tar")
         assert store.stored(home) == store.faults(home) == []
+
+
+def test_a_blob_of_two_layers_and_two_sizes(quick, home, fake):
+    """The registry's word for its size is not what a layer waits for."""
+    tar, diff_id = fake.layout.layer(layer([folder("d")]))
+    for sizes in ((0, 1), (1, 0)):
+        pairs = [({**tar, "size": tar["size"] + more}, diff_id) for more in sizes]
+        done = quick("pull", "-q", fake.put("x", fake.layout.image(pairs)))
+        assert done.returncode in (0, 125) and "Traceback" not in done.stderr
+        assert store.faults(home) == []
+
+
+def test_what_a_layer_waits_for_is_taken_away(quick, home, fake):
+    descriptor = fake.layout.image([layer(BASE), layer([file("etc/new", b"new")])])
+    top = json.loads(fake.path(descriptor["digest"]).read_text())["layers"][1]["digest"]
+
+    def thief(handler):
+        if handler.path.endswith(top):
+            deadline = time.monotonic() + 20
+            while not list((home / "layers").iterdir()) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            subprocess.run(f"rm -rf {home}/layers/*", shell=True, check=True)
+
+    fake.intercept = thief
+    done = quick("pull", "-q", fake.put("x", descriptor), env={"MOCKER_TIMEOUT": "30"})
+    assert one_line(done, "a layer is gone: pull again")
+    fake.intercept = None
+    pull(quick, fake, descriptor)
+
+
+def test_more_layers_than_an_overlay_takes_are_refused(quick, home, fake):
+    same = fake.layout.layer(layer([folder("d")]))
+    done = quick("pull", "-q", fake.put("x", fake.layout.image([same] * 501)))
+    assert one_line(done, "501 layers") and store.stored(home) == store.faults(home) == []
 
 
 def test_127_layers_run(mocker, fake):

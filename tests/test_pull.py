@@ -249,6 +249,15 @@ def test_a_terminal_gets_a_progress_bar(mocker, fake):
     assert not re.search(rb"MiB \s*$", said)
 
 
+def test_quiet_leaves_a_terminal_alone(mocker, fake):
+    ours, its = pty.openpty()
+    with mocker.popen("pull", "-q", fake.put("x", simple(fake.layout, b"x")), stderr=its) as process:
+        os.close(its)
+        assert process.wait() == 0
+    with open(ours, "rb") as terminal, pytest.raises(OSError):  # EIO: nobody has it open, and nothing was written
+        terminal.read1()
+
+
 # ---------------------------------------------------------------------------
 # Logging in
 # ---------------------------------------------------------------------------
