@@ -857,7 +857,8 @@ class Unpacker:
     from the first entry that needs the layers below, over them, once they are here."""
 
     def __init__(self, tar, below, directory):
-        self.tar, self.below, self.directory, self.alone = tar, below, directory, True
+        self.tar, self.directory = tar, directory
+        self.below = below  # as long as it is not over them
         self.root = contextlib.ExitStack()  # undoes stand_on
         self.names = []  # the first ten, to be shown
         self.whiteouts = []  # they can wait for the end: what this layer brings, before or after, they spare
@@ -871,13 +872,17 @@ class Unpacker:
         self.root.enter_context(confined(f"{self.directory}/rootfs"))
 
     def go_below(self):
-        """Onto the layers below, if there are any, once they are here; then do the whiteouts that waited."""
-        if self.alone and self.below:
-            self.alone = False
+        """Onto the layers below, if there are any, once they are here; then do the whiteouts that waited.
+
+        The overlay lets the kernel note the difference in directory/upper: a parent directory that the tar leaves
+        out keeps its mode, a hard link finds its target, a whiteout becomes what overlayfs knows as one.
+        """
+        if self.below:
             self.root.close()
             for layer in self.below:
                 wait_until(os.path.isdir, layer)
             self.stand_on(self.below[::-1])
+            self.below = []
         waiting, self.whiteouts = self.whiteouts, []
         for folder, name in waiting:
             self.whiteout(folder, name)
@@ -909,16 +914,16 @@ class Unpacker:
         path = os.path.join(folder, name)
         if name.startswith(".wh."):
             self.whiteouts.append((folder, name[len(".wh.") :]))
-            if not self.alone:
+            if not self.below:
                 self.go_below()
         else:
             self.enter(folder)
             if self.needs_below(member, path):
                 self.go_below()
+            self.placed.add(path)
             if not (member.isdir() and is_directory(path)):
                 self.remove(path)
                 self.make(member, path)
-            self.placed.add(path)
             if not member.islnk():
                 stamp = set_metadata(path, member)
                 self.times.update({path: stamp} if member.isdir() else {})
@@ -958,8 +963,6 @@ class Unpacker:
 
     def remove(self, path):
         check(path != "/", "a layer's root is no directory: this image is broken")
-        if self.alone and path not in self.placed:
-            return  # alone, there is only what it has placed
         try:
             os.unlink(path)
         except IsADirectoryError:
@@ -967,7 +970,7 @@ class Unpacker:
                 self.times.pop(folder, None)
             shutil.rmtree(path)
         except FileNotFoundError:
-            pass
+            pass  # as for nearly every member
 
     def whiteout(self, folder, name):
         """`.wh.NAME` deletes NAME of the layers below, `.wh..wh..opq` all that they have in this directory."""
@@ -1017,11 +1020,7 @@ def set_metadata(path, member):
     return stamp
 
 def unpack_layer(blob, diff_ids, directory):
-    """A layer's blob → its directory in layers/.
-
-    An overlay of those below lets the kernel note the difference in directory/upper: a parent directory that the
-    tar leaves out keeps its mode, a hard link finds its target, a whiteout becomes what overlayfs knows as one.
-    """
+    """A layer's blob → its directory in layers/."""
     *below, layer = layer_paths(diff_ids)
     wait_until(is_stored, blob)
     with explained(*DAMAGED), open(blob_path(blob["digest"]), "rb") as file:
