@@ -1302,24 +1302,6 @@ def coming_back(kind):
         finally:
             call("setns", handle.fileno(), 0)
 
-def seal_interpreter(argv):
-    """Start again from a copy of Python's own program file that nobody can write to.
-
-    Until it becomes the image's program, /proc/self/exe of the container's first process is the host's
-    Python; an image whose program is that link would get hold of the file (CVE-2019-5736; runc works
-    on a copy of itself).
-    """
-    if not os.readlink("/proc/self/exe").startswith("/memfd:"):
-        copy = os.memfd_create("python", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        with open("/proc/self/exe", "rb") as file:
-            while os.sendfile(copy, file.fileno(), None, 1 << 30):
-                pass
-        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-        with open(__file__, encoding="utf-8") as file:
-            code = file.readline().split('"')[1]  # as the first line starts it
-        with contextlib.suppress(PermissionError):  # where vm.memfd_noexec forbids it
-            os.execv(f"/proc/self/fd/{copy}", [sys.executable, "-c", code, __file__, *argv])
-
 def die_with(parent):
     """Be killed when our parent dies, however it dies (man 2 PR_SET_PDEATHSIG); at once if it has."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -2284,7 +2266,7 @@ def run(arguments):
       mocker run [options] [-e VAR]... [-v VOLUME]... [-p PORT]...
                  [--cap-add=CAP]... [--cap-drop=CAP]... [--name=N] [--hostname=N]
                  [--network=N] [--cpus=N] [--entrypoint=PROGRAM] [--pids-limit=N]
-                 [--without=P | --only=P] [--read-only] [--privileged] [--explain]
+                 [--without=P] [--only=P] [--read-only] [--privileged] [--explain]
                  [--step] [--by-hand] [--rm] [--] <name> [<command>...]
 
     Options:
@@ -2380,7 +2362,7 @@ def inside(container):
     drop_capabilities(container)
     filter_system_calls(container)
     become_user(container)
-    execute(container)
+    return execute(container)
 
 # ── What the command line says ─────────────────────────────────────────────────────────────────────
 
@@ -2472,7 +2454,8 @@ class Container:
 
 def choose_parts(given):
     """--without=net,pid: all other parts; --only=net,pid: none but these; chroot is what then remains."""
-    parts = {*PARTS} - set(given["--without"] or ()) if given["--only"] is None else set(given["--only"])
+    parts = {*PARTS} if given["--only"] is None else {*given["--only"]}
+    parts -= {*(given["--without"] or ())}
     if given["--privileged"]:
         parts -= {"mask", "seccomp"}
     if given["--network"] == "host":
@@ -2583,7 +2566,7 @@ def go_inside(container, line, mocker):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.setsid()  # so that it can have a terminal of its own
-        container.line, story.output = line, os.dup(story.output)
+        container.line, story.output = line, fcntl.fcntl(story.output, fcntl.F_DUPFD_CLOEXEC, 10)  # 3 is the stub's
         close_inherited({line.fileno(), story.output, story.stepping})
         status = guarded(inside, container)
     except BaseException:
@@ -2657,10 +2640,46 @@ def execute(container):
         for variable, value in container.environment.items():
             say(f"Setting ENV {variable}={value}")
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # which Python had ignored
+        os.set_inheritable(os.dup2(container.line.fileno(), 3), True)  # also if it is 3 already
+        with contextlib.suppress(PermissionError):  # where vm.memfd_noexec forbids it
+            os.execve(exec_stub(), [places[0], *container.arguments], container.environment)
+        os.set_inheritable(3, False)
         os.execve(places[0], container.arguments, container.environment)
-    except OSError as error:  # as a shell: 127 if it, or its interpreter, is not there; 126 if it can't be run
-        raise MockerError(f'exec "{name}": {error.strerror}: look into the image, or give another command',
-                          127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126) from None
+    except OSError as error:
+        return exec_failed(container, error.errno, error.strerror)
+
+# {machine: its number in an ELF file, and its code: four system calls}
+STUB = {
+    "x86_64": (62, "6a035f 6a025e 6a015a 6a4858 0f05 85c0 751f"  # fcntl(3, F_SETFD, FD_CLOEXEC); go to exit if it fails
+                   "59 5f 4889e6 488d14cc 6a3b58 0f05"  # execve(argv[0], argv + 1, environment)
+                   "f7d8 50 4889e6 6a035f 6a015a 6a0158 0f05"  # write(3, &errno, 1)
+                   "6a3c58 0f05"),  # exit()
+    "aarch64": (183, "600080d2 410080d2 220080d2 280380d2 010000d4 a00100b5"
+                     "e903c1a8 e1030091 220c098b a81b80d2 010000d4"
+                     "e00300cb e00f1ff8 e1030091 600080d2 220080d2 080880d2 010000d4"
+                     "a80b80d2 010000d4"),
+}
+
+def exec_stub():
+    """A program that only becomes another: its first argument, with the rest of them. → a file in memory
+
+    Until it becomes the image's program, /proc/self/exe of the container's first process is the host's Python; an
+    image whose program is that link would get hold of the file (CVE-2019-5736). So in between it becomes this, as
+    runc once had its runc-dmz. By descriptor 3, which the image's program doesn't get, it tells mocker why it can't.
+    See man 5 elf: a header, a program header, and the code.
+    """
+    (machine, code), address, start = STUB[os.uname().machine], 0x400000, 64 + 56
+    code = bytes.fromhex(code)
+    size, stub = start + len(code), os.memfd_create("stub")
+    header = struct.pack("16s2HI3QI6H", b"\x7fELF\2\1\1", 2, machine, 1, address + start, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    os.write(stub, header + struct.pack("2I6Q", 1, 5, 0, address, address, size, size, 0x10000) + code)
+    return stub
+
+def exec_failed(container, number, reason=None):
+    """→ exit status, as a shell's: 127 if the program, or its interpreter, is not there; 126 if it can't be run"""
+    write_line(f'mocker: exec "{container.arguments[0]}": {reason or os.strerror(number)}: '
+               "look into the image, or give another command", "error")
+    return 127 if number in (errno.ENOENT, errno.ENOTDIR) else 126
 
 # ── Its parent: streams, signals, the end ──────────────────────────────────────────────────────────
 
@@ -2674,13 +2693,13 @@ def attend(container):
         if container.terminal and streams:  # none, if it failed before it made them
             container.console = streams[1]
             copy_window_size(container.console)
-        container.line.recv(1)  # its end: the child has become the program, or has failed
+        outputs = start_relays(container, streams, copies, faults)
+        failure = container.line.recv(1)  # from exec_stub, or nothing: the child has become the program, or has ended
         with contextlib.ExitStack() as undo:
             if container.console and container.takes_stdin:  # it interprets the keys, Ctrl-C too
                 undo.enter_context(contextlib.suppress(termios.error))  # our terminal may be gone by then
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
                 tty.setraw(0)
-            outputs = start_relays(container, streams, copies, faults)
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
             end_others(container)
             for thread in outputs:
@@ -2691,8 +2710,9 @@ def attend(container):
             os.waitpid(container.pid, 0)
         end_others(container)
         raise
-    status = status if status >= 0 else 128 - status
-    write_config(container, "exited", exit_code=status)
+    status = exec_failed(container, failure[0]) if failure else status if status >= 0 else 128 - status
+    if not container.remove:
+        write_config(container, "exited", exit_code=status)
     check(not faults, "some of its output is lost: no space is left where it goes to: make room there")
     return status
 
@@ -3319,7 +3339,6 @@ def main():
     argv = sys.argv[2:] if sys.argv[0] == "-c" else sys.argv[1:]  # by the first line, or by python3 mocker.py
     if argv[:1] == ["run"] and sys.platform == "linux":
         gc.disable()  # a start leaves too little garbage to look for
-        seal_interpreter(argv)
     os.umask(0o022)  # what is made is for containers, whose users are others
     while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed, as cron may do: nothing else may take its number

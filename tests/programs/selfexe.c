@@ -3,7 +3,7 @@
  * host's Python; and the kernel starts that by the loader which it names, from the image: this.
  *
  * Exits with 42 if it may change the mode of the host's Python, which is the file INODE on DEVICE (it sets
- * MODE, what it is already); with 3 if that is another file, as a copy of it in memory.
+ * MODE, what it is already); with 3 if that is another file.
  *
  * cc -DMODE=0755 -DDEVICE=1 -DINODE=2 -nostdlib -static-pie -fPIE -ffreestanding -o loader selfexe.c */
 #if defined __x86_64__
