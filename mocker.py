@@ -2362,7 +2362,7 @@ def inside(container):
     drop_capabilities(container)
     filter_system_calls(container)
     become_user(container)
-    return execute(container)
+    execute(container)
 
 # ── What the command line says ─────────────────────────────────────────────────────────────────────
 
@@ -2566,7 +2566,7 @@ def go_inside(container, line, mocker):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.setsid()  # so that it can have a terminal of its own
-        container.line, story.output = line, fcntl.fcntl(story.output, fcntl.F_DUPFD_CLOEXEC, 10)  # 3 is the stub's
+        container.line, story.output = line, fcntl.fcntl(story.output, fcntl.F_DUPFD_CLOEXEC, 4)  # 3 is the stub's
         close_inherited({line.fileno(), story.output, story.stepping})
         status = guarded(inside, container)
     except BaseException:
@@ -2628,9 +2628,8 @@ def execute(container):
     name, path = container.arguments[0], container.environment.get("PATH")
     places = [os.path.join(folder or ".", name) for folder in path.split(":")] if path else []
     places = [name] if "/" in name else [at for at in places if os.path.isfile(at) and os.access(at, os.X_OK)]
+    check(places, f'exec "{name}": not found in $PATH: look into the image, or give another command', 127)
     try:
-        if not places:
-            raise FileNotFoundError(errno.ENOENT, "not found in $PATH")
         if story.script:
             os.stat(places[0])  # if it isn't there, execve(2) would say so
             story.script.end_with(program_by_hand(container))
@@ -2646,15 +2645,15 @@ def execute(container):
         os.set_inheritable(3, False)
         os.execve(places[0], container.arguments, container.environment)
     except OSError as error:
-        return exec_failed(container, error.errno, error.strerror)
+        container.line.send(bytes([error.errno]))
 
 # {machine: its number in an ELF file, and its code: four system calls}
 STUB = {
-    "x86_64": (62, "6a035f 6a025e 6a015a 6a4858 0f05 85c0 751f"  # fcntl(3, F_SETFD, FD_CLOEXEC); go to exit if it fails
+    "x86_64": (62, "6a035f 6a025e 6a015a 6a4858 0f05 85c0 751f"  # fcntl(3, F_SETFD, FD_CLOEXEC), or go to exit
                    "59 5f 4889e6 488d14cc 6a3b58 0f05"  # execve(argv[0], argv + 1, environment)
                    "f7d8 50 4889e6 6a035f 6a015a 6a0158 0f05"  # write(3, &errno, 1)
                    "6a3c58 0f05"),  # exit()
-    "aarch64": (183, "600080d2 410080d2 220080d2 280380d2 010000d4 a00100b5"
+    "aarch64": (183, "600080d2 410080d2 220080d2 280380d2 010000d4 a00100b5"  # the same
                      "e903c1a8 e1030091 220c098b a81b80d2 010000d4"
                      "e00300cb e00f1ff8 e1030091 600080d2 220080d2 080880d2 010000d4"
                      "a80b80d2 010000d4"),
@@ -2665,8 +2664,9 @@ def exec_stub():
 
     Until it becomes the image's program, /proc/self/exe of the container's first process is the host's Python; an
     image whose program is that link would get hold of the file (CVE-2019-5736). So in between it becomes this, as
-    runc once had its runc-dmz. By descriptor 3, which the image's program doesn't get, it tells mocker why it can't.
-    See man 5 elf: a header, a program header, and the code.
+    runc once had its runc-dmz; without a descriptor 3 it is the image that started it, and it ends. By descriptor 3,
+    which the image's program doesn't get, it tells mocker why it can't become that.
+    See man 5 elf: a header, a segment to be loaded (1), to read and execute (5), and in it the code.
     """
     (machine, code), address, start = STUB[os.uname().machine], 0x400000, 64 + 56
     code = bytes.fromhex(code)
@@ -2674,12 +2674,6 @@ def exec_stub():
     header = struct.pack("16s2HI3QI6H", b"\x7fELF\2\1\1", 2, machine, 1, address + start, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     os.write(stub, header + struct.pack("2I6Q", 1, 5, 0, address, address, size, size, 0x10000) + code)
     return stub
-
-def exec_failed(container, number, reason=None):
-    """→ exit status, as a shell's: 127 if the program, or its interpreter, is not there; 126 if it can't be run"""
-    write_line(f'mocker: exec "{container.arguments[0]}": {reason or os.strerror(number)}: '
-               "look into the image, or give another command", "error")
-    return 127 if number in (errno.ENOENT, errno.ENOTDIR) else 126
 
 # ── Its parent: streams, signals, the end ──────────────────────────────────────────────────────────
 
@@ -2693,13 +2687,15 @@ def attend(container):
         if container.terminal and streams:  # none, if it failed before it made them
             container.console = streams[1]
             copy_window_size(container.console)
-        outputs = start_relays(container, streams, copies, faults)
+        outputs = start_relays([(*way, faults, copies) for way in zip(streams[1:], (1, 2))])
         failure = container.line.recv(1)  # from exec_stub, or nothing: the child has become the program, or has ended
         with contextlib.ExitStack() as undo:
             if container.console and container.takes_stdin:  # it interprets the keys, Ctrl-C too
                 undo.enter_context(contextlib.suppress(termios.error))  # our terminal may be gone by then
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
                 tty.setraw(0)
+            if streams and container.takes_stdin and not failure:  # only now: until now keys are for --step
+                start_relays([(os.dup(0), streams[0], faults)])
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
             end_others(container)
             for thread in outputs:
@@ -2710,11 +2706,19 @@ def attend(container):
             os.waitpid(container.pid, 0)
         end_others(container)
         raise
-    status = exec_failed(container, failure[0]) if failure else status if status >= 0 else 128 - status
+    status = exit_status(container, status, failure)
     if not container.remove:
         write_config(container, "exited", exit_code=status)
     check(not faults, "some of its output is lost: no space is left where it goes to: make room there")
     return status
+
+def exit_status(container, status, failure):
+    """As docker's. If it could not become its program, as a shell's: 127 if that, or its interpreter, is not there."""
+    if not failure:
+        return status if status >= 0 else 128 - status
+    reason = f'exec "{container.arguments[0]}": {os.strerror(failure[0])}'
+    write_line(f"mocker: {reason}: look into the image, or give another command", "error")
+    return 127 if failure[0] in (errno.ENOENT, errno.ENOTDIR) else 126
 
 def end_others(container):
     """Without a pid namespace what it started is still there; what has lost its parent has become our child."""
@@ -2726,16 +2730,14 @@ def end_others(container):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
 
-def start_relays(container, streams, copies, faults):
-    """A thread for each direction. → those of the outputs: stdin may wait for a key forever."""
-    ways = [(source, target, faults, copies) for source, target in zip(streams[1:], (1, 2))]
-    ways += [(os.dup(0), target, faults) for target in streams[:1] if container.takes_stdin]
+def start_relays(ways):
+    """A thread for each direction. (stdin's may wait for a key forever.)"""
     threads = [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # for the threads: signals are the main one's
     for thread in threads:
         thread.start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    return threads[: len(streams[1:])]
+    return threads
 
 def relay(source, target, faults, copies=()):
     """Copy until there is no more, or nobody reads any more; closing both ends tells the others."""
@@ -3337,7 +3339,7 @@ def guarded(function, *arguments):
 
 def main():
     argv = sys.argv[2:] if sys.argv[0] == "-c" else sys.argv[1:]  # by the first line, or by python3 mocker.py
-    if argv[:1] == ["run"] and sys.platform == "linux":
+    if argv[:1] == ["run"]:
         gc.disable()  # a start leaves too little garbage to look for
     os.umask(0o022)  # what is made is for containers, whose users are others
     while (handle := os.open(os.devnull, os.O_RDWR)) < 3:

@@ -74,11 +74,11 @@ class Machine:
         else:
             self.calls.append((name, *values[:3]) if name == "fcntl" else (name,))
         if name in self.answers:
-            cpu.reg_write(self.registers[self.names_register()], self.answers[name] % 2**64)
+            cpu.reg_write(self.registers[self.answer_register()], self.answers[name] % 2**64)
         else:
             cpu.emu_stop()
 
-    def names_register(self):
+    def answer_register(self):
         """Which of the registers takes the answer: rax, or x0."""
         return 0 if self.sp == x86.UC_X86_REG_RSP else 1
 

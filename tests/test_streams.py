@@ -226,6 +226,30 @@ def test_the_terminal_is_mocker_s_until_the_program_runs(screen):
     assert "Exec: become" in shell.said and "\n" not in shell.said.replace("\r\n", "")
 
 
+def test_keys_are_for_step_until_the_program_runs(screen):
+    shell = screen("-it", "--step", "busybox", "cat", quiet=False)
+    enters, deadline = 0, time.monotonic() + 30
+    while 'Running "cat"' not in shell.said:
+        shell.look()
+        if shell.said.count("q ends] ") > enters:
+            time.sleep(0.05)  # for somebody else to take the key
+            shell.type(b"\r")
+            enters += 1
+        assert shell.process.poll() is None and time.monotonic() < deadline, shell.said
+    assert enters > 10
+    shell.type(b"meow\r\x04")
+    assert shell.end() == 0
+    assert shell.said.count("meow") == 2  # the terminal's echo, and cat's
+
+
+def test_end_of_file_before_the_program_runs_is_not_its(screen):
+    shell = screen("-it", "busybox", "sh")
+    shell.type(b"\x04")
+    shell.see("# ")
+    shell.type(b"exit 7\r")
+    assert shell.end() == 7
+
+
 def test_a_dialogue_with_a_shell(screen):
     shell = screen("-i", "-t", "busybox", "sh")
     shell.see("# ")
