@@ -8,6 +8,9 @@ namespaces (the namespace itself is seen), and counters, on purpose. Rules made 
 are part of nft's list; a table of iptables-legacy that holds nothing (those can't be removed
 again, and looking at them may create them) counts as nothing.
 
+MOCKER_TEST_BESIDE=1 is for tests that tests/all runs beside the others, in namespaces of their own:
+what namespaces don't part, since the others make some, is not compared.
+
 Set MOCKER_TEST_SHARED=1 on a machine where others work too: then only what is plainly a test's
 own is compared: names with "mocker" or "veth" in them, and processes that a test started.
 
@@ -27,6 +30,8 @@ import pytest
 
 SETTLING_TIME = 2.0  # the kernel frees namespaces, and the veths in them, a little after their last user ends
 
+BESIDE = "MOCKER_TEST_BESIDE" in os.environ and "MOCKER_TEST_INSIDE" not in os.environ  # of another kernel
+SHARED_BESIDE = ["cgroup", "sysctl", "file"]
 SYSCTLS = [
     "net/ipv4/ip_forward",
     "net/ipv4/conf/*/forwarding",
@@ -204,7 +209,7 @@ KINDS = {
 
 
 def snapshot():
-    return {kind: look() for kind, look in KINDS.items()}
+    return {kind: look() for kind, look in KINDS.items() if not (BESIDE and kind in SHARED_BESIDE)}
 
 
 def difference(before, after, ignore=lambda kind, name, detail: False):

@@ -38,8 +38,9 @@ def serve(output):
     import docopt  # noqa: F401  what `pull` imports
     import requests  # noqa: F401
 
-    source = MOCKER.read_text().replace("backoff_factor=0.3", "backoff_factor=0.02")
-    code = compile(source, MOCKER, "exec")
+    source, pauses = MOCKER.read_text(), "[0.3 * 2**n for"
+    assert pauses in source
+    code = compile(source.replace(pauses, "[0.02 * 2**n for"), MOCKER, "exec")
     for line in sys.stdin:
         arguments, env = json.loads(line)
         pid = os.fork()

@@ -10,7 +10,7 @@ from pathlib import Path
 import machine
 import pytest
 
-pytestmark = pytest.mark.cgroup
+pytestmark = [pytest.mark.cgroup, pytest.mark.beside]
 TESTS = Path(__file__).resolve().parent
 IN_UML = "MOCKER_TEST_INSIDE" in os.environ
 V2 = os.path.exists("/sys/fs/cgroup/cgroup.controllers")

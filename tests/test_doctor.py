@@ -245,6 +245,7 @@ def test_compare_an_image_without_a_shell(store):
     assert last == "mocker: the probe can't run in hello-world: it takes a shell, as busybox has one"
 
 
+@pytest.mark.beside
 @pytest.mark.skipif("MOCKER_TEST_INSIDE" in os.environ, reason="this is the inside")
 @pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
 def test_compare_on_cgroup_v2(pulled):

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from images import OCI, device, entry, file, folder, hardlink, layer, opaque, symlink, whiteout
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="pull needs root")
+pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="pull needs root"), pytest.mark.beside]
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but newline
 
@@ -1070,6 +1070,7 @@ def test_names_are_never_raw_on_the_terminal(quick, fake):
     assert len(re.findall("^mocker: ", done.stderr, re.MULTILINE)) == 1
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("name", ["null", "disk", "mem"])
 def test_devices_of_an_image_can_not_be_used(name, mocker, fake):
     """They are there, as with Docker, but what is mounted is mounted nodev."""

@@ -229,6 +229,7 @@ def test_limits_and_use(start, inspect):
     assert str(container.pid) in Path(f"{directory}/cgroup.procs").read_text().split()
 
 
+@pytest.mark.beside
 @pytest.mark.skipif(IN_UML, reason="this is the inside")
 @pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
 def test_both_on_cgroup_v2_with_iptables(pulled):

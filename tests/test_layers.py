@@ -14,7 +14,10 @@ import store
 from containers import one_line
 from images import DOCKER, OCI, device, entry, file, folder, hardlink, layer, opaque, symlink, whiteout
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners, devices and mounts need root")
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="owners, devices and mounts need root"),
+    pytest.mark.beside,
+]
 
 # ---------------------------------------------------------------------------
 # Images: for each, its layers from the bottom up, and each layer's entries
@@ -388,6 +391,7 @@ def test_an_image_without_layers(mocker, home, fake):
     assert mocker("verify").returncode == 0
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("rootfs", [{"type": "layers"}, {"type": "layers", "diff_ids": None}], ids=str)
 def test_an_image_without_layers_as_docker_builds_it(rootfs, mocker, home, fake):
     """`FROM scratch`, and only ENV and CMD."""
@@ -497,6 +501,7 @@ def test_more_layers_than_an_overlay_takes_are_refused(quick, home, fake):
     assert one_line(done, "501 layers") and store.stored(home) == store.faults(home) == []
 
 
+@pytest.mark.host
 def test_127_layers_run(mocker, fake):
     """Their names together are longer than the page that mount(2) takes as options."""
     layers = [layer([file("bin/busybox", images.Path("/bin/busybox").read_bytes(), 0o755)])]

@@ -59,6 +59,7 @@ def test_docker_and_podman_unpack_the_same_files():
     assert found["bin/sh"].sha256 == oracle.sha256_of("/bin/busybox")
 
 
+@pytest.mark.beside
 @needs_uml
 def test_user_mode_linux_has_cgroup_v2():
     done = machine.uml("cat /sys/fs/cgroup/cgroup.controllers; echo no >&2; exit 7")
@@ -66,12 +67,14 @@ def test_user_mode_linux_has_cgroup_v2():
     assert {"cpu", "memory", "pids"} <= set(done.stdout.split())
 
 
+@pytest.mark.beside
 @needs_uml
 def test_user_mode_linux_ends_when_the_time_is_up():
     with pytest.raises(RuntimeError, match="within 6 s"):
         machine.uml("sleep 100 & sleep 100", timeout=6)
 
 
+@pytest.mark.beside
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["simple", "systemd"])
 def test_a_stock_kernel_has_cgroup_v2_and_nftables(init):

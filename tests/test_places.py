@@ -195,6 +195,7 @@ cat cgroup.subtree_control; find . -name "*mocker*"; grep -qx $$ cgroup.procs'
 """
 
 
+@pytest.mark.beside
 @pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
 def test_a_kernel_without_nftables_and_nested_cgroups_v2(pulled, monkeypatch):
     """Debian's `iptables` is for nftables: only iptables-legacy works there."""
@@ -282,6 +283,7 @@ cat /sys/fs/cgroup/cgroup.subtree_control /proc/self/cgroup /proc/sys/net/ipv4/i
 """
 
 
+@pytest.mark.beside
 @pytest.mark.slow
 def test_cgroup_v2_under_systemd(pulled, tmp_path, monkeypatch):
     """In a stock kernel, emulated; the container has its limits, and all is as before then."""

@@ -24,7 +24,7 @@ import store
 from conftest import MOCKER
 from images import DOCKER, OCI, file, layer
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="pull needs root")
+pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="pull needs root"), pytest.mark.beside]
 
 HELLO = ["library_hello-world.json"]
 OTHER = "s390x" if images.MACHINE != "s390x" else "amd64"
@@ -954,6 +954,7 @@ def test_a_pull_that_begins_while_another_clears_up(mocker):
         assert (process.returncode, process.stderr.read()) == (0, "")
 
 
+@pytest.mark.host
 def test_a_pull_while_a_container_runs(mocker, home):
     mocker("pull", "busybox", check=True)
     with mocker.popen(

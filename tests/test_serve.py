@@ -19,7 +19,7 @@ import store
 from conftest import Mocker
 from images import DOCKER, OCI, file, layer
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="pull needs root")
+pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="pull needs root"), pytest.mark.beside]
 
 
 class Served:
