@@ -2453,7 +2453,7 @@ class Container:
         self.working_directory = given["--workdir"] or parse("--workdir", config.get("WorkingDir") or "/")
 
 def choose_parts(given):
-    """--without=net,pid: all other parts; --only=net,pid: none but these; chroot is what then remains."""
+    """--only=net,pid: none but these; --without=net,pid: not these. What remains without any is a chroot."""
     parts = {*PARTS} if given["--only"] is None else {*given["--only"]}
     parts -= {*(given["--without"] or ())}
     if given["--privileged"]:
@@ -2662,11 +2662,11 @@ STUB = {
 def exec_stub():
     """A program that only becomes another: its first argument, with the rest of them. → a file in memory
 
-    Until it becomes the image's program, /proc/self/exe of the container's first process is the host's Python; an
-    image whose program is that link would get hold of the file (CVE-2019-5736). So in between it becomes this, as
-    runc once had its runc-dmz; without a descriptor 3 it is the image that started it, and it ends. By descriptor 3,
-    which the image's program doesn't get, it tells mocker why it can't become that.
-    See man 5 elf: a header, a segment to be loaded (1), to read and execute (5), and in it the code.
+    As long as the container's first process is Python, its /proc/self/exe is the host's Python; an image whose program
+    is that link would get hold of the file (CVE-2019-5736). So in between it is this, as runc once had its runc-dmz.
+    Descriptor 3 is the line to mocker, and the image's program doesn't get it: there this says why it can't become
+    that. Without one, it is the image that started it, and it ends.
+    See man 5 elf: a header, a segment to load (1), to be read and executed (5), and in it the code.
     """
     (machine, code), address, start = STUB[os.uname().machine], 0x400000, 64 + 56
     code = bytes.fromhex(code)
