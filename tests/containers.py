@@ -43,7 +43,7 @@ class Running:
             config = json.loads(path.read_text())
             pid, self.id = config.get("pid") or 0, config["id"]
             status = host.process_status(pid)
-            if status and status["parent"] == self.process.pid and program_of(pid) != program_of(self.process.pid):
+            if status and status["parent"] == self.process.pid and is_of_image(pid, self.process.pid):
                 self.pid = pid
                 return True
         return False
@@ -78,13 +78,13 @@ def free_port(kind=socket.SOCK_STREAM):
         return probe.getsockname()[1]
 
 
-def program_of(pid):
-    """The file that a process runs; nothing if it has ended."""
+def is_of_image(pid, mocker):
+    """Does a container's first process run the image's program by now: not mocker's Python, nor the exec_stub?"""
     try:
-        status = os.stat(f"/proc/{pid}/exe")
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        program, python = (os.stat(f"/proc/{process}/exe") for process in (pid, mocker))
+        return not os.path.samestat(program, python) and not os.readlink(f"/proc/{pid}/exe").startswith("/memfd:")
+    except OSError:  # it has ended
+        return False
 
 
 def until(condition, what="what was waited for did not happen", seconds=60):

@@ -10,7 +10,7 @@ from pathlib import Path
 import machine
 import pytest
 
-pytestmark = [pytest.mark.cgroup, pytest.mark.beside]
+pytestmark = pytest.mark.cgroup
 TESTS = Path(__file__).resolve().parent
 IN_UML = "MOCKER_TEST_INSIDE" in os.environ
 V2 = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
@@ -65,6 +65,7 @@ def test_groups_that_a_privileged_container_made_go_too(run):
     assert not list(Path("/sys/fs/cgroup").glob("**/deep"))
 
 
+@pytest.mark.beside
 @pytest.mark.skipif(IN_UML, reason="this is the inside")
 @pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
 def test_all_of_it_on_other_cgroups(pulled):

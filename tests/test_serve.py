@@ -139,6 +139,7 @@ def test_an_image_in_dockers_formats_comes_out_as_it_went_in(quick, fake, serve,
     assert (status, headers["Content-Type"], images.digest(body)) == (200, DOCKER["manifest"], made["digest"])
 
 
+@pytest.mark.host
 @pytest.mark.slow
 @pytest.mark.skipif(oracle.MISSING, reason=f"not installed: {oracle.MISSING}")
 def test_docker_and_podman_pull_from_it(served):
