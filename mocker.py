@@ -2263,26 +2263,25 @@ def run(arguments):
     """Run a command in a container. The image is pulled if it is not here.
 
     Usage:
-      mocker run [options] [-e VAR]... [-v VOLUME]... [-p PORT]...
-                 [--cap-add=CAP]... [--cap-drop=CAP]... [--name=N] [--hostname=N]
-                 [--network=N] [--cpus=N] [--entrypoint=PROGRAM] [--pids-limit=N]
-                 [--without=P] [--only=P] [--read-only] [--privileged] [--explain]
-                 [--step] [--by-hand] [--rm] [--] <name> [<command>...]
+      mocker run [options] [-e VAR]... [-v VOL]... [-p PORT]...
+                 [--cap-add=CAP]... [--cap-drop=CAP]... [--] <name> [<command>...]
 
     Options:
-      -i, --interactive   keep stdin open          --rm          remove it later
-      -t, --tty           give it a terminal       --name        beside its id
-      -q, --quiet         only the container talks --hostname    instead of its id
-      -e, --env VAR       K=V, or K from here      --entrypoint  not the image's
-      -w, --workdir DIR   start there              --network     bridge, none, host
-      -u, --user USER     name or uid [:group]     --read-only   root can't change
-      -v, --volume VOLUME host:container[:ro]      --privileged  nearly no limits
+      -i, --interactive   keep stdin open       --rm            remove it later
+      -t, --tty           give it a terminal    --name=N        beside its id
+      -q, --quiet         mocker says nothing   --hostname=N    instead of its id
+      -e, --env VAR       K=V, or K from here   --entrypoint=P  not the image's
+      -w, --workdir DIR   start there           --network=N     bridge, none, host
+      -u, --user USER     name or uid [:group]  --read-only     root can't change
+      -m, --memory SIZE   as in 512m            --privileged    nearly no limits
+      --cpus=N            as in 1.5             --pids-limit=N  as in 100
+      -v, --volume VOL    host:container[:ro]
       -p, --publish PORT  [ip:]host:container[/udp]
-      -m, --memory SIZE   as in 512m               --cpus, --pids-limit  a number
-      --explain: tell and show each step. --step: and wait for Enter before it.
-      --by-hand: print a shell script instead, that makes the same container.
-      --without, --only: some of net,pid,mount,uts,ipc,cgroup,overlay,pivot_root,
-      caps,seccomp,mask,user, to see what each is for; --only=chroot is none.
+      --explain           tell and show each step
+      --step              the same, and wait for Enter before each one
+      --by-hand           print a shell script instead that makes such a container
+      --without=PARTS     some of net,pid,mount,uts,ipc,cgroup,overlay,pivot_root,
+      --only=PARTS        caps,seccomp,mask,user, to see what each is for, or chroot
     """
     given = {**arguments, **{name: parse(name, arguments[name]) for name in FORMS if arguments[name] is not None}}
     targets = [target for _, target, _ in given["--volume"]]
@@ -3301,8 +3300,9 @@ def parse_words(name, function, usage, words):
     if function is doctor and not words:  # which must be able to say that docopt is missing, too
         return {}
     # docopt takes no options after the first word that is none, so that `ls -l` can follow `run busybox`;
-    # the command's own name must not be that word.
-    return docopt.docopt(usage.replace(f"mocker {name}", "mocker"), words, False, options_first=function is run)
+    # the command's own name must not be that word. Nor does it know of a second column of options.
+    usage = re.sub(r"(?<=\S)  +--", "\n  --", usage.replace(f"mocker {name}", "mocker"))
+    return docopt.docopt(usage, words, False, options_first=function is run)
 
 def interrupted(number, frame):
     """Ctrl-C or SIGTERM before the container runs: undo what was done so far, undisturbed by a second one, then end."""
