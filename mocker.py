@@ -44,16 +44,14 @@ import sys
 
 __version__ = "1.0"
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-# The signals that mean the container: all but those of our own faults, children, pipes, and job control.
+# The signals that are meant for the container: all but those of our own faults, children, pipes, and job control.
 FORWARDED = signal.valid_signals() - {getattr(signal, f"SIG{name}") for name in (
     "KILL STOP CHLD PIPE SEGV BUS FPE ILL TSTP TTIN TTOU".split())}
 HOME = os.path.abspath(os.path.expanduser(os.environ.get("MOCKER_HOME") or "~/mocker"))
 
 class lazily:
     """A module that is imported when it is first used: most commands use few of them, and a container starts fast.
-
-    In an image's root none can be: what is used there (confined, enter_root) has to be in use before.
-    """
+    In an image's root none can be imported: what is used there (confined, enter_root) has to be in use before."""
 
     def __init__(self, name):
         self.name = name
@@ -85,7 +83,7 @@ cgroups, colorama, docopt, requests, tabulate, urllib3 = map(lazily, (
 QUIET, PLAIN, EXPLAIN = range(3)
 
 class story:
-    """How much is told, and where to: to stderr, since stdout is the container's, or for what a command is to print."""
+    """How much is told, and where: on stderr, since stdout is the container's, or for what a command is to print."""
 
     level, output, style = PLAIN, 2, {}
     script = None  # with --by-hand: what is told goes in there
@@ -96,9 +94,9 @@ FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
 class MockerError(Exception):
     """What the user can mend, in one line: what is wrong, and what to do. 125 is docker's own status."""
 
-    def __init__(self, message, status=125, number=0):
+    def __init__(self, message, status=125):
         super().__init__(message)
-        self.status, self.errno = status, number
+        self.status = status
 
 class Stopped(BaseException):
     """By a signal. No part of mocker is to take it for a failure that it expects."""
@@ -110,9 +108,7 @@ def check(holds, message, status=125):
 @contextlib.contextmanager
 def explained(kinds, message):
     """An expected failure becomes a MockerError; {} in the message is the reason. A full disk stays one.
-
-    kinds may be Exception, for whatever a library makes of forged bytes; then only what mocker itself says stays.
-    """
+    kinds may be Exception, for whatever a library makes of forged bytes; then what mocker itself says stays, too."""
     try:
         yield
     except kinds as error:
@@ -120,11 +116,11 @@ def explained(kinds, message):
         if told or getattr(error, "errno", None) in FULL:
             raise
         reason = re.sub(r"^\[Errno \d+\] ", "", str(error))[:150] or type(error).__name__
-        raise MockerError(message.replace("{}", reason), number=getattr(error, "errno", 0)) from None
+        raise MockerError(message.replace("{}", reason)) from None
 
 def write_line(text, style=""):
     shown = printable(text)
-    shown = shown if len(shown) < 900 or not style else f"{shown[:500]}…{shown[-300:]}"  # with whatever names in it
+    shown = shown if len(shown) < 900 or not style else f"{shown[:500]}…{shown[-300:]}"  # names may be of any length
     line = f"{story.style.get(style, '')}{shown}{story.style.get('end', '') if style else ''}\n"
     show(line.encode(errors="backslashreplace"))
 
@@ -134,7 +130,7 @@ def show(lines):
         os.write(story.output, lines and b"\r\033[K" * os.isatty(story.output) + lines)
 
 def printable(text):
-    """What isn't must not reach the terminal, which would obey it."""
+    """What isn't printable is escaped: a terminal would obey it."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 def say(text):
@@ -144,10 +140,8 @@ def say(text):
 
 def tell(command, wraps=False, by_hand=None):
     """What a primitive does, as the shell command or the system call that does it.
-
     What a shell can't do to itself, as unshare, wraps: the rest of a script becomes its argument.
-    by_hand is what a script has instead, where it has to differ.
-    """
+    by_hand is what a script has instead, where it has to differ."""
     if story.level >= EXPLAIN:
         write_line(f"  $ {command}", "command")
     if story.script:
@@ -262,8 +256,7 @@ ARCHITECTURES = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64", "armh
 COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
 HOST = rf"(?:{LABEL}(?:\.{LABEL})*|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
-NAME = rf"({HOST})/({COMPONENT}(?:/{COMPONENT})*)"
-REFERENCE = rf"{NAME}(?::(\w[\w.-]{{0,127}}))?(?:@({DIGEST}))?"
+REFERENCE = rf"({HOST})/({COMPONENT}(?:/{COMPONENT})*)(?::(\w[\w.-]{{0,127}}))?(?:@({DIGEST}))?"
 
 class Reference:
     """Where an image is: host/repository:tag; or @digest, which is exact and wins over a tag."""
@@ -323,9 +316,7 @@ class Registry:
 
     def get(self, path, method="GET", **headers):
         """A path of the repository, or a whole address → the answer, not yet read; MockerError if there is none.
-
-        A header that is None is not sent, even if the session has it.
-        """
+        A header that is None is not sent, even if the session has it."""
         address = url.urljoin(f"{self.base}/v2/{self.reference.repository}/", path)
         try:
             for _ in range(10):
@@ -365,10 +356,9 @@ class Registry:
     def send(self, address, method, headers):
         """One request, told without its secrets; by https, unless the registry itself is asked by http."""
         asked, here = url.urlsplit(address), origin(address)
-        host = here.partition("//")[2]
         check(asked.scheme in ("https", url.urlsplit(self.base).scheme),
               f"{self.base} sends to {here}: only https is followed")
-        proxies = {} if re.fullmatch(LOOPBACK, host) else requests.utils.get_environ_proxies(address)
+        proxies = {} if re.fullmatch(LOOPBACK, here.partition("//")[2]) else requests.utils.get_environ_proxies(address)
         response = self.session.request(method, address, headers=headers, proxies=proxies,
                                         timeout=(TIMEOUT[0], min(setting("MOCKER_TIMEOUT", TIMEOUT[1]), 10**6)),
                                         allow_redirects=False, stream=True)
@@ -380,13 +370,11 @@ class Registry:
 
     def refusal(self, response):
         """A status that is no success → the line that says what to do."""
-        status, wait = response.status_code, asked_wait(response)
+        status, wait, here = response.status_code, asked_wait(response), origin(response.url)
         limit = re.fullmatch(r"(\d{1,9});w=(\d{1,9})", response.headers.get("ratelimit-limit", ""))
         allowed = f", {limit[1]} in {int(limit[2]) // 3600} hours" if limit else ""
         advice = f"{self.reference} can't be had now, try again later"
-        here = origin(response.url)
-        # Which of the three it is depends on the registry, not on the reason; of a blob, or by a CDN, it says nothing
-        # of the name.
+        # 401, 403 or 404: which one says nothing of the reason; for a blob, or from a CDN, none is about the name.
         if status == 401 or status in (403, 404) and here == origin(self.base) and "/blobs/" not in response.url:
             advice = f"no such image: {self.reference}: check the name and the tag, or if it is private, {self.remedy}"
         elif status == 429:
@@ -406,8 +394,7 @@ class Registry:
             return login
         wanted = {"service": asked.get("service"), "scope": f"repository:{self.reference.repository}:pull"}
         realm = requests.Request("GET", asked.get("realm", ""), params=wanted).prepare().url
-        raw = self.get(realm, Authorization=login).raw.read(MANIFEST_LIMIT)
-        body = parse_json(raw, {}, "the token")
+        body = parse_json(self.get(realm, Authorization=login).raw.read(MANIFEST_LIMIT), {}, "the token")
         token = str(body.get("token") or body.get("access_token") or "")
         check(re.fullmatch(r"[\x21-\x7e]+", token), f"{self.host} gives a token that can be none: try again later")
         with contextlib.suppress(ValueError, IndexError):
@@ -442,8 +429,7 @@ def root_cause(error):
     while error.args and isinstance(error.args[-1], BaseException):
         error = error.args[-1]
     error = getattr(error, "reason", error)
-    reason = re.sub(r"\?\S*", "?…", str(error).rpartition("): ")[2])  # without a signature
-    return reason[:150] or type(error).__name__
+    return re.sub(r"\?\S*", "?…", str(error).rpartition("): ")[2])[:150] or type(error).__name__  # without a signature
 
 def origin(address):
     """Whom it asks, and how: http://host:port; without a login."""
@@ -481,10 +467,9 @@ def ask_tool(command, text=None):
     """The same for one that changes nothing, which need not be told."""
     # cron's PATH, and that of `su` without a dash, has no sbin, where nft is.
     path = [place for folder in os.get_exec_path() for place in (folder, re.sub("/bin$", "/sbin", folder))]
-    with contextlib.suppress(FileNotFoundError, PermissionError):
-        environment = {**os.environ, "PATH": ":".join(path)}
-        done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
-        return done.stdout if done.returncode == 0 else None
+    environment = {**os.environ, "PATH": ":".join(path)}
+    with contextlib.suppress(FileNotFoundError, PermissionError, subprocess.CalledProcessError):
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=True, env=environment).stdout
     return None
 
 def parse_json(raw, shape, what):
@@ -605,15 +590,13 @@ def fetch_blob(registry, blob, partial):
     with open(os.path.join(partial, digest[7:]), "w+b") as file:
         while file.tell() < size and idle < ATTEMPTS:
             offset = file.tell()
-            response = registry.get(f"blobs/{digest}", **({"Range": f"bytes={offset}-"} if offset else {}))
+            response = registry.get(f"blobs/{digest}", Range=f"bytes={offset}-" if offset else None)
             part = response.headers.get("Content-Range", f"bytes {offset}-")
             if response.status_code != 206 or not part.startswith(f"bytes {offset}-"):
                 file.truncate(file.seek(0))
             try:
-                for piece in pieces(response.raw, 1 << 14):  # what has come of one is lost if the rest doesn't
-                    file.write(piece)
-                    if file.tell() > size:
-                        break
+                while file.tell() <= size and (piece := response.raw.read(1 << 14)):
+                    file.write(piece)  # small ones: what has come of one is lost if the rest of it doesn't come
             except urllib3.exceptions.HTTPError as error:
                 say(f"the connection dropped at byte {file.tell()} ({root_cause(error)}); going on")
             idle = idle + 1 if file.tell() <= offset else 0
@@ -690,8 +673,7 @@ def open_store():
         os.makedirs(store(part), mode=0o700, exist_ok=True)
     if not os.path.exists(store("index.json")):
         os.makedirs(store("blobs", "sha256"), exist_ok=True)
-        with locked(HOME):
-            write_index({})
+        write_index({})
 
 @contextlib.contextmanager
 def locked(directory, how=fcntl.LOCK_EX):
@@ -725,10 +707,8 @@ def remove_tree(path):
 
 def layer_paths(diff_ids):
     """diff_ids from the bottom up → the unpacked layers, named by chain id (OCI image-spec, "Layer ChainID").
-
-    What a layer unpacks to depends on what lies below: a parent directory that it leaves out has the
-    mode of the one below, a hard link may lead there. So the name tells what is below, too.
-    """
+    What a layer unpacks to depends on what lies below: a parent directory that it leaves out has the mode of the one
+    below, a hard link may lead there. So the name tells what is below, too."""
     chain_ids = itertools.accumulate(diff_ids, lambda below, diff_id: digest_of(f"{below} {diff_id}".encode()))
     return [store("layers", chain_id.partition(":")[2]) for chain_id in chain_ids]
 
@@ -764,8 +744,8 @@ def all_images():
 
 # ── Unpacking a layer ──────────────────────────────────────────────────────────────────────────────
 
-def pieces(file, size=1 << 18):
-    return iter(lambda: file.read(size), b"")
+def pieces(file):
+    return iter(lambda: file.read(1 << 18), b"")
 
 def packing(file):
     """How a layer's blob is packed, its first bytes tell, whatever its media type says."""
@@ -828,18 +808,11 @@ class TarStream:
         while position > self.position and self.read(min(position - self.position, 1 << 20)):
             pass
 
-def wait_until(holds, thing):
-    """Another worker is to bring it. If that fails, our parent ends us all."""
-    while not holds(thing):
-        time.sleep(0.01)
-
 @contextlib.contextmanager
 def confined(directory):
     """chroot into a directory, and back: no path in a tar can name anything outside it.
-
-    The way back is the classic way out of a chroot, for whoever may call chroot(2) and holds a
-    directory from outside. That is why `run` does not rely on chroot.
-    """
+    The way back is the classic way out of a chroot, for whoever may call chroot(2) and holds a directory from outside.
+    That is why `run` does not rely on chroot."""
     outside, finders = os.open("/", os.O_PATH), sys.meta_path
     sys.meta_path = []  # an import would now run the image's own /usr/lib/python3
     os.chroot(directory)
@@ -858,7 +831,7 @@ class Unpacker:
 
     def __init__(self, tar, below, directory):
         self.tar, self.directory = tar, directory
-        self.below = below  # as long as it is not over them
+        self.below = below  # empty once it stands on them
         self.root = contextlib.ExitStack()  # undoes stand_on
         self.names = []  # the first ten, to be shown
         self.whiteouts = []  # they can wait for the end: what this layer brings, before or after, they spare
@@ -873,14 +846,12 @@ class Unpacker:
 
     def go_below(self):
         """Onto the layers below, if there are any, once they are here; then do the whiteouts that waited.
-
         The overlay lets the kernel note the difference in directory/upper: a parent directory that the tar leaves
-        out keeps its mode, a hard link finds its target, a whiteout becomes what overlayfs knows as one.
-        """
+        out keeps its mode, a hard link finds its target, a whiteout becomes what overlayfs knows as one."""
         if self.below:
             self.root.close()
-            for layer in self.below:
-                wait_until(os.path.isdir, layer)
+            while not all(map(os.path.isdir, self.below)):  # as in unpack_layer
+                time.sleep(0.01)
             self.stand_on(self.below[::-1])
             self.below = []
         waiting, self.whiteouts = self.whiteouts, []
@@ -893,7 +864,7 @@ class Unpacker:
             self.tar.members.clear()  # or tarfile keeps them all
             check(not self.tar.pax_headers.keys() & tarfile.PAX_FIELDS,
                   "a layer has a global header for all its files, which docker would ignore: broken, or a trick")
-            name = member.pax_headers.get("GNU.sparse.name", member.name)  # which tarfile forgets for a longer path
+            name = member.pax_headers.get("GNU.sparse.name", member.name)  # not `path`, if it has that, too
             self.names = [*self.names, name][:10]
             self.place(member, rooted(name))
         if self.whiteouts:
@@ -1020,26 +991,30 @@ def set_metadata(path, member):
     return stamp
 
 def unpack_layer(blob, diff_ids, directory):
-    """A layer's blob → its directory in layers/."""
+    """In a worker: a layer's blob → its directory in layers/. → what was told, to be shown when its turn comes"""
     *below, layer = layer_paths(diff_ids)
-    wait_until(is_stored, blob)
-    with explained(*DAMAGED), open(blob_path(blob["digest"]), "rb") as file:
+    while not is_stored(blob):  # another worker is to bring it; if that fails, our parent ends us all
+        time.sleep(0.01)
+    with open(os.memfd_create("log"), "rb") as told, explained(*DAMAGED), open(blob_path(blob["digest"]), "rb") as file:
+        story.output = told.fileno()
         stream = TarStream(checked(decompressed(file), diff_ids[-1]))
         tar = tarfile.TarFile(fileobj=stream, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar, below, directory)
         with unpacker.root:
             unpacker.stand_on([])
             unpacker.unpack()
-    with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
-        os.rename(f"{directory}/upper", layer)
-    check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
-    for line in [f"- {name}" for name in unpacker.names] + ["..."]:
-        say(line)
+        with contextlib.suppress(OSError):  # another pull may have brought it meanwhile
+            os.rename(f"{directory}/upper", layer)
+        check(os.path.isdir(layer), f"{layer} can't be made: is something else there?")
+        for line in [f"- {name}" for name in unpacker.names] + ["..."]:
+            say(line)
+        told.seek(0)
+        return told.read()
 
 # ── Pull ───────────────────────────────────────────────────────────────────────────────────────────
 
 def be_worker(parent):
-    """A process that downloads and unpacks; it ends with its parent, has no last words, and mounts for itself alone."""
+    """A process that downloads, unpacks or tries; it ends with its parent, silently, and mounts for itself alone."""
     die_with(parent)
     for stop in STOPPING:
         signal.signal(stop, signal.SIG_DFL)
@@ -1055,14 +1030,6 @@ def fetch_layer(reference, authorization, blob, partial):
     if not is_stored(blob):
         fetch_blob(Registry(reference, authorization), blob, partial)
 
-def told_later(function, *arguments):
-    """In a worker. → what the function told, to be shown when its layer's turn comes"""
-    with open(os.memfd_create("told"), "rb") as told:
-        story.output = told.fileno()
-        function(*arguments)
-        told.seek(0)
-        return told.read()
-
 def draw_progress(blob, partial):
     """[########                ] 12.3 of 153.9 MiB"""
     with contextlib.suppress(FileNotFoundError):  # not begun, or just complete
@@ -1076,9 +1043,8 @@ def workers(count):
     """Processes, not threads: who unpacks has a root directory of its own. None outlives us, however that ends."""
     pool = futures.ProcessPoolExecutor(count, multiprocessing.get_context("fork"), be_worker, [os.getpid()])
     try:
-        yield pool
-    except futures.BrokenExecutor:
-        raise MockerError("a worker was killed, by lack of memory? Try again with fewer programs running") from None
+        with explained(futures.BrokenExecutor, "a worker was killed, for lack of memory? End programs, and try again"):
+            yield pool
     finally:
         for process in multiprocessing.active_children():
             process.kill()
@@ -1090,7 +1056,8 @@ def fetch_layers(registry, layers, diff_ids, partial):
 
     A layer is a tar of what one build step changed: the files it added, and whiteouts, names that
     begin with `.wh.`, for those it deleted. Three workers download, three unpack, chrooted into the layer's
-    directory; for whiteouts, into an overlay of the layers below, too. What is there is not fetched again.
+    directory, or where it needs the layers below, as for a whiteout, into an overlay of them. What is there is not
+    fetched again.
     See the OCI image-spec, layer.md. Look: ls ~/mocker/layers
     """
     places, authorization = layer_paths(diff_ids), registry.session.headers.get("Authorization")
@@ -1101,13 +1068,15 @@ def fetch_layers(registry, layers, diff_ids, partial):
     blobs = {layers[n]["digest"]: layers[n] for n in missing}  # two layers may have the same one
     with workers(3) as fetchers, workers(3) as unpackers:
         list(fetchers.map(is_whole, blobs))  # those that aren't go, to be fetched again
+        say(f"Fetching layer {layers[missing[0]]['digest']}..")  # before the workers say what they ask for
         fetched = {digest: fetchers.submit(fetch_layer, registry.reference, authorization, blob, partial)
                    for digest, blob in blobs.items()}
-        unpacked = {n: unpackers.submit(told_later, unpack_layer, blobs[layers[n]["digest"]], diff_ids[: n + 1],
+        unpacked = {n: unpackers.submit(unpack_layer, blobs[layers[n]["digest"]], diff_ids[: n + 1],
                                         os.path.join(partial, str(n))) for n in missing}
         for n, job in unpacked.items():
             digest = layers[n]["digest"]
-            say(f"Fetching layer {digest}..")
+            if n > missing[0]:
+                say(f"Fetching layer {digest}..")
             while not futures.wait([fetched[digest]], 0.25).done:
                 draw_progress(layers[n], partial)
             fetched[digest].result()
@@ -1129,20 +1098,21 @@ def pull_image(reference, platform=None):
             say(f"{reference} is for {made_for}, and can't run here")
         fetch_layers(registry, found["manifest"]["layers"], config["rootfs"]["diff_ids"], partial)
     stored = {"name": reference.name, "version": reference.version, **found}
-    with locked(HOME):
-        write_index({reference.file: stored})
-        write_file(store(reference.file), stored)
+    write_index({reference.file: stored})
     return Image(reference.file)
 
+@locked(HOME)
 def write_index(added):
-    """index.json (OCI image-spec, image-layout.md), made anew for the stored images and those {file: …} added."""
+    """index.json (OCI image-spec, image-layout.md), made anew for the stored images and {file: …}, stored after it."""
     write_file(store("oci-layout"), {"imageLayoutVersion": "1.0.0"})
     manifests = []
     for image in {**{image.file: image.stored for image in all_images()}, **added}.values():
-        if all(map(is_stored, (image, *image["manifest"]["layers"]))):  # or it waits until it is pulled again
+        if all(map(is_stored, (image, *image["manifest"]["layers"]))):  # else it is left out until it is pulled again
             annotations = {"org.opencontainers.image.ref.name": full_name(image)}
             manifests.append({**oci_manifest(image), "annotations": annotations})
     write_file(store("index.json"), {"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": manifests})
+    for file, stored in added.items():
+        write_file(store(file), stored)
 
 def oci_manifest(image):
     """A descriptor of a stored image's manifest in OCI's own types, since some readers know no others."""
@@ -1214,8 +1184,7 @@ def verify(arguments):
         except (MockerError, FileNotFoundError) as error:
             print(f"DAMAGED  {full_name(image.stored)}: {error}: pull it again")
             status = 1
-    with locked(HOME):
-        write_index({})
+    write_index({})
     return status
 
 # ═══ The kernel calls that Python does not wrap, and the journal of what is to be undone ═════════
@@ -1251,25 +1220,21 @@ PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, SECCO
 # The C library wraps no pivot_root(2), and an older one not the other three. (name: x86_64, aarch64)
 SYSTEM_CALLS = {"pivot_root": (155, 41), "open_tree": (428, 428), "move_mount": (429, 429), "mount_setattr": (442, 442)}
 
+c_library = functools.lru_cache(lambda: ctypes.CDLL(None, use_errno=True))  # opened once, and not before it is used
+
 def call(name, *arguments, what=None):
-    """A function of the C library, or a system call that it lacks. -1 becomes a MockerError with errno."""
+    """A function of the C library, or a system call that it lacks. -1 becomes a MockerError."""
     if name in SYSTEM_CALLS:
         name, arguments = "syscall", (SYSTEM_CALLS[name][os.uname().machine != "x86_64"], *arguments)
-    # Numbers as long: flags use all their 32 bits.
-    numbered = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
-    encoded = [os.fsencode(value) if isinstance(value, str) else value for value in numbered]
+    # Numbers as long, since prctl(2) and syscall(2) read each argument as one.
+    encoded = [ctypes.c_long(value) if isinstance(value, int) else os.fsencode(value) for value in arguments]
     result = getattr(c_library(), name)(*encoded)
-    if result == -1:
-        raise MockerError(f"{what or name}: {os.strerror(ctypes.get_errno())}", number=ctypes.get_errno())
+    check(result != -1, f"{what or name}: {os.strerror(ctypes.get_errno())}")
     return result
-
-@functools.lru_cache
-def c_library():
-    return ctypes.CDLL(None, use_errno=True)
 
 def mount(source, target, kind="", options=""):
     """mount(2), as mount(8) does it: what is no flag among the options is for the file system itself."""
-    words = options.split(",") if options else []
+    words = options.split(",")
     flags = sum(MOUNT_FLAGS.get(word, 0) for word in words)
     data = ",".join(word for word in words if word not in MOUNT_FLAGS)
     command = shlex.join(["mount"] + ["-t", kind] * bool(kind) + ["-o", options] * bool(options) + [source, target])
@@ -1282,7 +1247,7 @@ def unmount(target):
     """umount2(2), lazily: it leaves the tree at once, whoever may be using it."""
     call("umount2", target, MNT_DETACH, what=f"umount {target}")
     command = f"umount -l {shlex.quote(target)}"
-    tell(command, by_hand=f"{command} || exit")  # before a volume is taken for a part of the container
+    tell(command, by_hand=f"{command} || exit")  # or the script would empty a volume that is still mounted
 
 def unshare(*kinds):
     """unshare(2): leave namespaces for new ones. Mounts become private, as by unshare(1): else ours would show up
@@ -1358,7 +1323,8 @@ def need_root(command):
 
 # ── The journal ────────────────────────────────────────────────────────────────────────────────────
 
-JOURNALS, THREADS = "/run/mocker", []
+JOURNALS = "/run/mocker"
+THREADS = []  # that undo meanwhile
 
 class Journal:
     """What is to be undone, noted before it is done: a list that outlives a kill -9.
@@ -1410,10 +1376,7 @@ def held_journal(id):
         sweep()
 
 def sweep():
-    """Clear away what killed mockers left, and with the last container what all shared: the host is as it was.
-
-    At the beginning of each command, and at the end of each container.
-    """
+    """Clear away what killed mockers left, and with the last container what all shared: the host is as it was."""
     if os.geteuid() == 0 and os.path.isdir(JOURNALS) and os.listdir(JOURNALS):
         with locked(JOURNALS):
             for id in container_ids():
@@ -1430,7 +1393,7 @@ def attempt(name, *arguments):
         globals()[name](*arguments)
 
 def meanwhile(name, *arguments):
-    """Undo by a primitive while others are undone: for this the kernel waits until nobody can be using it any more."""
+    """Undo by a primitive while others are undone: the kernel takes its time, until nobody can be using it any more."""
     thread = threading.Thread(target=attempt, args=(name, *arguments))
     thread.start()
     THREADS.append(thread)
@@ -1485,8 +1448,7 @@ def mount_root(container):
     mount_overlay(container.layers, container.directory)
     if "overlay" not in container.parts:
         say("without overlay, all of the image is copied first")
-        copied = run_tool(["cp", "-a", "../rootfs", "../copy"])
-        check(copied is not None, "the image can't be copied: is the disk full?")
+        check(run_tool("cp -a ../rootfs ../copy".split()) is not None, "the image can't be copied: is the disk full?")
         unmount("../rootfs")
         mount("../copy", "../rootfs", "", "bind,nodev")
     tell("cd ../rootfs")
@@ -1515,9 +1477,8 @@ def take_along(container):
     See man 2 open_tree.
     """
     etc = [(f"{container.directory}/{name}", f"/etc/{name}", container.read_only) for name in ETC_FILES]
-    parcels, devices = [], [like.st_rdev for like in container.devices.values()]  # that it has anyway
-    outer_first = sorted(etc + container.volumes, key=lambda row: row[1].count("/"))
-    for source, target, read_only in outer_first:
+    parcels, devices = [], [like.st_rdev for like in container.devices.values()]  # of its own: those may be opened
+    for source, target, read_only in sorted(etc + container.volumes, key=lambda row: row[1].count("/")):  # outer first
         handle = call("open_tree", AT_FDCWD, source, OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC, what=source)
         options = ["nodev"] * (os.fstat(handle).st_rdev not in devices) + ["ro"] * read_only
         flags = sum(MOUNT_FLAGS[word] for word in options)  # mount_setattr has the same numbers
@@ -1609,8 +1570,7 @@ def unpack_parcels(container, parcels):
     """
     for handle, source, target, options in parcels:
         target = "." + os.path.realpath(target)  # also where a dangling symlink points
-        directory = stat.S_ISDIR(os.fstat(handle).st_mode)
-        make_directory(target if directory else os.path.dirname(target))
+        make_directory(target if stat.S_ISDIR(os.fstat(handle).st_mode) else os.path.dirname(target))
         if not os.path.exists(target):
             write_text(target, "")
         call("move_mount", handle, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH, what=target)
@@ -1669,7 +1629,7 @@ def write_etc(container):
 
 BRIDGE, GROUP = "mocker0", 10003  # all our links are in that group, so that one request can delete them at once
 MAC = "02:42:0a:00:00:01"  # the bridge's own: else it takes one of its ports', and changes it when that port goes
-SUBNETS = ["10.0.0"] + [f"10.0.{n}" for n in range(1, 8)] + [f"172.30.{n}" for n in range(8)] + ["192.168.213"]
+SUBNETS = [f"10.0.{n}" for n in range(8)] + [f"172.30.{n}" for n in range(8)] + ["192.168.213"]
 NETNS = "/run/netns"  # where ip-netns(8) finds namespaces by name
 # As docker sets them for a container: it may ping, bind any port, and has no IPv6.
 NET_SYSCTLS = {"ipv4/ping_group_range": "0 2147483647", "ipv4/ip_unprivileged_port_start": "0",
@@ -1691,8 +1651,7 @@ def ask_kernel(command, request, fields, **attributes):
         sys.modules["pyroute2"] = imports.module_from_spec(spec)
     kind, flags, form = request
     message = getattr(lazily(f"pyroute2.netlink.rtnl.{form}"), form)()
-    header = {"type": kind, "flags": flags, "sequence_number": 1, "pid": 0}
-    message.update(header=header, **fields, **nested(**attributes))
+    message.update(header={"type": kind, "flags": flags}, **fields, **nested(**attributes))
     message.encode()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
         kernel.bind((0, 0))
@@ -1756,7 +1715,7 @@ def join_network(container):
     if container.network == "none":
         unshare("net")
         set_up_loopback()
-    elif container.network == "bridge":
+    else:
         with open(f"{NETNS}/mocker_{container.id}") as handle:
             call("setns", handle.fileno(), NAMESPACE_FLAGS["net"])
         tell(f"nsenter --net={NETNS}/mocker_{container.id}", wraps=True)
@@ -1769,9 +1728,8 @@ def join_network(container):
 
 def set_up_loopback():
     """With docker's settings. By an old ioctl(2), which takes no library (man 7 netdevice)."""
-    SIOCSIFFLAGS = 0x8914
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
-        fcntl.ioctl(handle, SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", IFF_UP))
+        fcntl.ioctl(handle, 0x8914, struct.pack("16sH22x", b"lo", IFF_UP))  # SIOCSIFFLAGS
     tell("ip link set lo up")
     for name, value in NET_SYSCTLS.items():
         if os.path.exists(f"/proc/sys/net/{name}"):
@@ -1781,29 +1739,26 @@ def read_interfaces(process="thread-self"):
     return [line.split(":")[0].strip() for line in read_kernel_file(f"/proc/{process}/net/dev").splitlines()[2:]]
 
 def read_routes(process="thread-self"):
-    """[(interface, network, gateway)] from its table, where 10.0.1.0 is 0001000A on a little-endian machine."""
-    routes = []
+    """(interface, network, gateway) of each, from its table, where 10.0.1.0 is 0001000A on a little-endian machine."""
     for line in read_kernel_file(f"/proc/{process}/net/route").splitlines()[1:]:
         interface, *numbers = line.split()
         network, gateway, mask = (socket.inet_ntoa(struct.pack("=I", int(numbers[n], 16))) for n in (0, 1, 6))
-        routes.append((interface, ipaddress.ip_network(f"{network}/{mask}"), gateway))
-    return routes
+        yield interface, ipaddress.ip_network(f"{network}/{mask}"), gateway
 
-def free_subnet(routes):
+def free_subnet():
     """The first of ours that no route leads to."""
-    taken = [network for _, network, _ in routes if network.prefixlen]  # not the default route, which is everywhere
+    taken = [network for _, network, _ in read_routes() if network.prefixlen]  # not the default route: it is everywhere
     free = [subnet for subnet in SUBNETS if not any(map(ipaddress.ip_network(f"{subnet}.0/24").overlaps, taken))]
     check(free, f"no free subnet: {', '.join(SUBNETS)} are all in use here: run with --network=none")
     return free[0]
 
 def create_bridge():
     """mocker0 with its address, forwarding and NAT: made for the first container, used by all. → 10.0.0"""
-    routes = read_routes()
-    for interface, network, _ in routes:
+    for interface, network, _ in read_routes():
         if interface == BRIDGE:
             return str(network[0]).rpartition(".")[0]
     check(BRIDGE not in read_interfaces(), f"{BRIDGE} is here and has no address, so it is not mocker's: rename it")
-    subnet, forward = free_subnet(routes), "/proc/sys/net/ipv4/ip_forward"
+    subnet, forward = free_subnet(), "/proc/sys/net/ipv4/ip_forward"
     if subnet != SUBNETS[0]:
         say(f"{SUBNETS[0]}.0/24 is in use on this machine: taking {subnet}.0/24")
     HOST.note(attempt, "write_kernel_file", forward, read_kernel_file(forward))
@@ -1866,18 +1821,14 @@ def list_iptables(table):
 
 def nat_rules(owner):
     """As nft or iptables lists them."""
-    listed = ask_tool(["nft", "list", "table", "ip", owner])
-    if listed is None:
-        listed = "".join(list_iptables("nat").values())
+    listed = ask_tool(["nft", "list", "table", "ip", owner]) or "".join(list_iptables("nat").values())
     rules = re.findall(rf"^\s*(.* dnat to .*|.* masquerade|.*--comment {owner}\b.*)$", listed, re.M)
     return list(dict.fromkeys(rules))  # of prerouting and output alike
 
 def add_nat(subnet):
-    """What leaves the bridge goes out under the host's address, or the answers would not find back.
-
-    And nothing gets from a container to what listens to this machine alone: for published ports the bridge will
-    exchange packets with 127.0.0.1, and a container can make some by hand (CVE-2020-8558).
-    """
+    """What leaves the bridge goes out under the host's address, or the answers would not find back. And nothing gets
+    from a container to what listens to this machine alone: for published ports the bridge will exchange packets with
+    127.0.0.1, and a container can make some by hand (CVE-2020-8558)."""
     rules = [(f'type filter hook prerouting priority -150; iifname "{BRIDGE}" ip daddr 127.0.0.0/8 drop',
               f"mangle PREROUTING -i {BRIDGE} -d 127.0.0.0/8 -j DROP"),
              (f'type nat hook postrouting priority 100; ip saddr {subnet}.0/24 oifname != "{BRIDGE}" masquerade',
@@ -1912,7 +1863,7 @@ def publish_ports(container, undo):
                    f"nat {hook.upper()} -m addrtype --dst-type LOCAL -d {at} "
                    f"-p {protocol} --dport {outer} -j DNAT --to-destination {to}") for hook in ("prerouting", "output")]
     if rules:
-        # This machine and a neighbour come under the bridge's address: else the answer would pass it by.
+        # This machine and a neighbour come under the bridge's address: else the answers would pass this machine by.
         near = f"127.0.0.0/8,{container.gateway}/24"
         way = f'oifname "{BRIDGE}" ct status dnat ip saddr {{ {near} }}'
         rules.append((f"type nat hook postrouting priority 100; {way} masquerade",
@@ -1931,7 +1882,7 @@ CGROUP = "/sys/fs/cgroup"
 CONTROLLERS = "memory", "pids", "cpu"
 
 def cgroup_version():
-    """2 if the unified tree is mounted there, 1 for a tree of controllers."""
+    """2 if the unified tree is mounted there, 1 if there is a tree for each controller."""
     trees = [name for name in CONTROLLERS if os.path.exists(f"{CGROUP}/{name}/tasks")]
     version = 2 if os.path.exists(f"{CGROUP}/cgroup.controllers") else int(bool(trees))
     check(version, f"no cgroup file system is mounted: mount -t cgroup2 cgroup2 {CGROUP}")
@@ -1997,7 +1948,7 @@ def moving(source, target):
     return ["sh", "-c", f"for pid in $(cat {source}/cgroup.procs); do echo $pid >{target}/cgroup.procs; done; true"]
 
 def groups_v1(id):
-    """One in each tree, but cpuset's, whose groups take nobody until told which CPUs, and v2's of a hybrid machine."""
+    """One in each tree, except cpuset's, whose groups take nobody until told which CPUs, and a hybrid machine's v2."""
     names = [name for name in os.listdir(CGROUP) if os.path.isdir(f"{CGROUP}/{name}")]
     for name in names:  # the `cgroups` package would make it, and leave it
         make_directory(f"{CGROUP}/{name}/root", HOST)
@@ -2027,17 +1978,15 @@ def join_cgroup(container):
 def mount_cgroups(container, shown):
     """/sys/fs/cgroup; by the cgroup namespace its root is the container's own group."""
     target = CGROUP.lstrip("/")
-    if not container.cgroups or not os.path.isdir(target):
-        return
-    if container.cgroup_version == 2:
+    if container.cgroups and container.cgroup_version == 2:
         mount("cgroup", target, "cgroup2", shown)
-        return
-    mount("tmpfs", target, "tmpfs", f"{HARMLESS},mode=755")
-    for name in (directory.split("/")[4] for directory in container.cgroups):  # /sys/fs/cgroup/NAME/…
-        mount_at("cgroup", f"{target}/{name}", "cgroup", f"{shown},{'name=' * (name == 'systemd')}{name}")
-        for controller in name.split(",") if "," in name else ():  # where programs look for it
-            make_link(name, f"{target}/{controller}")
-    mount("none", target, "", f"remount,{shown}")
+    elif container.cgroups:
+        mount("tmpfs", target, "tmpfs", f"{HARMLESS},mode=755")
+        for name in (directory.split("/")[4] for directory in container.cgroups):  # /sys/fs/cgroup/NAME/…
+            mount_at("cgroup", f"{target}/{name}", "cgroup", f"{shown},{'name=' * (name == 'systemd')}{name}")
+            for controller in name.split(",") if "," in name else ():  # where programs look for it
+                make_link(name, f"{target}/{controller}")
+        mount("none", target, "", f"remount,{shown}")
 
 def delete_cgroup(directory):
     """End what is still in it, and remove it. The kernel may need a moment to let the dead go; it gets five seconds."""
@@ -2063,11 +2012,10 @@ def end_members(directory):
 
 # Root's power in pieces (man 7 capabilities); a capability's number is its place in this list.
 CAPABILITIES = """
-    CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
-    NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT
-    SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE
-    AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ
-    PERFMON BPF CHECKPOINT_RESTORE""".split()
+    CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE
+    NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN
+    SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE
+    MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE""".split()
 
 # What Docker leaves to a container's root: enough to install packages and run servers.
 DEFAULT_CAPABILITIES = """
@@ -2097,11 +2045,9 @@ REFUSED_CALLS = """
     -                 pivot_root 155/41 swapon 167/224 swapoff 168/225 kexec_load 246/104 kexec_file_load 320/294
     -                 add_key 248/217 request_key 249/218 keyctl 250/219 userfaultfd 323/282 move_pages 279/239
     -                 migrate_pages 256/238 pkey_mprotect 329/288 pkey_alloc 330/289 pkey_free 331/290
-    -                 io_uring_setup 425 io_uring_enter 426 io_uring_register 427
-    -                 uselib 134/ ustat 136/ sysfs 139/ _sysctl 156/ create_module 174/ get_kernel_syms 177/
-    -                 query_module 178/ nfsservctl 180/42 getpmsg 181/ putpmsg 182/ afs_syscall 183/ tuxcall 184/
-    -                 security 185/ vserver 236/
-"""
+    -                 io_uring_setup 425 io_uring_enter 426 io_uring_register 427 uselib 134/ ustat 136/ sysfs 139/
+    -                 _sysctl 156/ create_module 174/ get_kernel_syms 177/ query_module 178/ nfsservctl 180/42
+    -                 getpmsg 181/ putpmsg 182/ afs_syscall 183/ tuxcall 184/ security 185/ vserver 236/"""
 LAST_CALL = 449  # futex_waitv, Linux 5.16: later calls are unknown to the profile of Docker 20.10
 CLONE_NEW = 0x7E020000  # all CLONE_NEW… flags: a thread or a process may be made, but no namespace
 PERSONALITIES = 0, 8, 0x20000, 0x20008, 0xFFFFFFFF  # Linux, 32-bit Linux, each with old uname; "which?"
@@ -2220,42 +2166,38 @@ def set_capabilities(names):
 def find_user(text):
     """-u, or the image's User, looked up in the image's own files → uid, gids, home"""
     name, _, group = text.partition(":")
-    groups = read_colons("/etc/group")
-    account = find_entry(read_colons("/etc/passwd"), name or "0", "user", "passwd")
-    uid, gids, home = int(account[2] if account else name or 0), [0], account and account[5] or "/"
+    account = find_entry("passwd", name or "0", "user")
+    uid, home = int(account[2]), account[5] or "/"
     if group:
-        entry = find_entry(groups, group, "group", "group")
-        gids = [int(entry[2] if entry else group)]
-    elif account:
-        more = [int(entry[2]) for entry in groups if account[0] in entry[3].split(",")]
+        gids = [int(find_entry("group", group, "group")[2])]
+    else:
+        more = [int(entry[2]) for entry in read_colons("/etc/group") if account[0] in entry[3].split(",")]
         gids = list(dict.fromkeys([int(account[3] if is_id(account[3]) else 0), *more]))
     check(all(number < 2**31 for number in (uid, *gids)), "uids and gids must be in range 0-2147483647")
     return uid, gids, home
 
 def is_id(text):
-    return re.fullmatch("[0-9]{1,10}", text, re.ASCII) is not None
+    return re.fullmatch("[0-9]{1,10}", text)
 
-def find_entry(entries, key, kind, file):
-    """By name, or by number if the key is one: then no name counts, and any number will do."""
-    for entry in entries:
-        if int(entry[2]) == int(key) if is_id(key) else entry[0] == key:
-            return entry
-    check(is_id(key), f"unable to find {kind} {key}: no matching entries in {file} file")
-    return None
+def find_entry(file, key, kind):
+    """By name, or by number if the key is one: then no name counts, and one that has no entry will do."""
+    found = [entry for entry in read_colons(f"/etc/{file}")
+             if (int(entry[2]) == int(key) if is_id(key) else entry[0] == key)]
+    check(found or is_id(key), f"unable to find {kind} {key}: no matching entries in {file} file")
+    return found[0] if found else [None, "", key, "", "", ""]  # nobody's
 
 def read_colons(path):
-    """Lines of /etc/passwd or /etc/group, as lists of fields, which may be short of some. Any file may stand there:
-    a FIFO, or a kernel's."""
+    """Lines of /etc/passwd or /etc/group → lists of fields. What an image has there may be a FIFO, or have no end."""
     text = ""
     with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        text = file.read(1 << 20).decode(errors="replace") if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else ""
+        seen = os.fstat(file.fileno())  # of a file in /proc the size is 0
+        text = file.read(1 << 20).decode(errors="replace") if stat.S_ISREG(seen.st_mode) and seen.st_size else ""
     entries = [[*line.strip().split(":"), *[""] * 6] for line in text.splitlines()]
     return [entry for entry in entries if is_id(entry[2])]
 
 # ═══ run: the chapters above, in order ═══════════════════════════════════════════════════════════
 
-# As /proc/PID/ns has them
-NAMESPACES = ("mnt", "uts", "ipc", "pid", "net", "cgroup", "user")
+NAMESPACES = ("mnt", "uts", "ipc", "pid", "net", "cgroup", "user")  # as /proc/PID/ns has them
 PARTS = ("net", "pid", "mount", "uts", "ipc", "cgroup", "overlay", "pivot_root", "caps", "seccomp", "mask", "user")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -2309,21 +2251,18 @@ SCRIPT_HEADER = """\
 #!/bin/sh
 # The container that `mocker run` makes, by hand: with util-linux, iproute2, coreutils, and nft or iptables.
 # But without a seccomp filter, for which there is no command; and in the terminal's session.
-# For root on this machine as it is now: no other container ran. If it fails, run the lines under "The end".
+# For root on this machine as it was then, with the containers that ran. If it fails, run the lines under "The end".
 set -e
 umask 022
 status=0
 trap : INT TERM HUP  # what is made is undone, too
 {  # should this come by stdin, a shell now reads all of it before the program does"""
 
-# What the C library of this machine's own tools obeys (man 8 ld.so, "Secure-execution mode")
-OBEYED = "LD_|GLIBC_|GCONV_PATH|GETCONF_DIR|LOCPATH|MALLOC_|NLSPATH|RESOLV_|TZDIR"
+OBEYED = "LD_|GLIBC_|GCONV_PATH|GETCONF_DIR|LOCPATH|MALLOC_|NLSPATH|RESOLV_|TZDIR"  # by the C library (man 8 ld.so)
 
 def rehearse(container):
-    """--by-hand: all of it but the program itself; what was told on the way is printed, once it is undone.
-
-    The child adds what makes the container and writes that to its stdout, here a file; the end is ours.
-    """
+    """--by-hand: all of it but the program itself; what was told on the way is printed, once it is undone. How the
+    container is made, the child writes to its stdout, here a file; how it ends is ours."""
     missing = sorted({"SETUID", "SETGID", "SYS_CHROOT"} - {*container.capabilities})
     check(not missing or "caps" not in container.parts,
           f"--by-hand needs {', '.join(missing)} to the last, for setpriv(1) and unshare(1): keep them")
@@ -2390,8 +2329,7 @@ def to_parts(names):
 
 CAPABILITY = (rf"(?i)(?:CAP_)?({'|'.join(CAPABILITIES)}|ALL)", str.upper, "a capability of man 7 capabilities, or ALL")
 SOME_PARTS = ("(.*)", to_parts, f"some of {','.join(PARTS)}, chroot")
-# What a value looks like, what its groups become (None: it is out of range), and how to say so.
-FORMS = {
+FORMS = {  # what a value looks like, what its groups become (None: it is out of range), and how to say so
     "--cap-add": CAPABILITY, "--cap-drop": CAPABILITY, "--without": SOME_PARTS, "--only": SOME_PARTS,
     "--name": (r"(|[a-zA-Z0-9][a-zA-Z0-9_.-]+)", str, "two or more letters and digits, after the first also _ . and -"),
     "--hostname": ("(.*)", lambda name: name if len(os.fsencode(name)) <= 64 else None, "at most 64 bytes"),
@@ -2422,10 +2360,9 @@ def parse(option, text):
     return value
 
 class Container:
-    """What is to be run, and what was made for it so far."""
+    """What is to be run, and what was made for it. What the command line leaves open, the image's config says."""
 
     def __init__(self, given, image):
-        """What the command line leaves open, the image's config says."""
         config, self.image, self.layers = image.config.get("config") or {}, image, image.layers[::-1]
         self.id = os.urandom(4).hex()
         self.directory = store("containers", self.id)
@@ -2433,7 +2370,7 @@ class Container:
         own_name = os.uname().nodename if given["--network"] == "host" else self.id
         self.name, self.hostname = given["--name"] or self.id, given["--hostname"] or own_name
         self.terminal = given["--tty"]
-        # With -i, whatever it is; without, a pipe or a file is passed on, and a terminal left alone.
+        # With -i, whatever it is; without -i and -t, a pipe or a file, but no terminal and not /dev/null.
         self.takes_stdin = given["--interactive"] or not (self.terminal or stat.S_ISCHR(os.fstat(0).st_mode))
         self.memory, self.cpus, self.pids_limit = given["--memory"] or 0, given["--cpus"], given["--pids-limit"]
         self.network = (given["--network"] or "bridge") if "net" in self.parts else "host"
@@ -2453,8 +2390,7 @@ class Container:
 
 def choose_parts(given):
     """--only=net,pid: none but these; --without=net,pid: not these. What remains without any is a chroot."""
-    parts = {*PARTS} if given["--only"] is None else {*given["--only"]}
-    parts -= {*(given["--without"] or ())}
+    parts = {*(PARTS if given["--only"] is None else given["--only"])} - (given["--without"] or set())
     if given["--privileged"]:
         parts -= {"mask", "seccomp"}
     if given["--network"] == "host":
@@ -2489,10 +2425,9 @@ def environment(config, given, hostname, terminal):
     """Those of -e, then the image's others, over the defaults; a name without a value takes one away, as in docker."""
     given = {name: os.environ.get(name) if value is None else value for name, value in given}
     image = dict(parse("--env", [*filter(None, config.get("Env") or [])]))
-    default = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    default = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, **({"TERM": "xterm"} if terminal else {})}
     # Those given stand twice: for their place, before the image's, and for their value, over the image's.
-    variables = {**default, **({"TERM": "xterm"} if terminal else {}), **given, **image, **given}
-    return {name: value for name, value in variables.items() if value is not None}
+    return {name: value for name, value in {**default, **given, **image, **given}.items() if value is not None}
 
 def create_container(container, undo):
     """Its directory, and its name, which no other may have."""
@@ -2514,7 +2449,7 @@ def write_config(container, status, **more):
     """config.json: what later commands need to know of it."""
     plain = {key: value for key, value in vars(container).items()
              if isinstance(value, (str, int, list, dict, type(None))) and key not in ("devices", "console")}
-    image = f"{container.image.name}:{container.image.version}"
+    image = full_name(container.image.stored)
     write_file(f"{container.directory}/config.json", {**plain, "image": image, "status": status, **more})
 
 def all_containers():
@@ -2526,7 +2461,7 @@ def all_containers():
     return found
 
 def delete_directory(directory):
-    # If something is still mounted there, volumes would be emptied. (There a blank is \040.)
+    # If something is still mounted there, volumes would be emptied. (mountinfo writes a blank as \040.)
     if f" {os.path.realpath(directory)}/" not in read_kernel_file("/proc/self/mountinfo").replace(r"\040", " "):
         remove_tree(directory)
         attempt("remove_directory", os.path.dirname(directory))
@@ -2542,7 +2477,7 @@ def start(container):
     See man 7 pid_namespaces. Look: ps -ef --forest
     """
     container.line, inner = socket.socketpair()
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until forward_signals; none is the child's
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until forward_signals, and in the child go_inside
     with coming_back("pid_for_children"), inner:
         if "pid" in container.parts:
             unshare("pid")
@@ -2599,14 +2534,11 @@ def open_streams(container):
     container.line.sendmsg([b"streams"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     for number, stream in enumerate(inner):
         os.dup2(stream, number)
-    for descriptor in set(outer):
-        os.close(descriptor)
 
 def enter_working_directory(container):
-    """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else. Then nothing
-    need be made any more, and the root becomes read-only, if it is to be."""
+    """Made if it is missing, by root, as docker does; inside, so that its symlinks lead nowhere else."""
     make_directory("." + os.path.realpath(container.working_directory))
-    if container.read_only:
+    if container.read_only:  # not before: it was the last thing to be made
         mount("none", ".", "", "remount,bind,nodev,ro")
     os.chdir(container.working_directory)
 
@@ -2646,16 +2578,15 @@ def execute(container):
     except OSError as error:
         container.line.send(bytes([error.errno]))
 
-# {machine: its number in an ELF file, and its code: four system calls}
-STUB = {
-    "x86_64": (62, "6a035f 6a025e 6a015a 6a4858 0f05 85c0 751f"  # fcntl(3, F_SETFD, FD_CLOEXEC), or go to exit
-                   "59 5f 4889e6 488d14cc 6a3b58 0f05"  # execve(argv[0], argv + 1, environment)
-                   "f7d8 50 4889e6 6a035f 6a015a 6a0158 0f05"  # write(3, &errno, 1)
-                   "6a3c58 0f05"),  # exit()
-    "aarch64": (183, "600080d2 410080d2 220080d2 280380d2 010000d4 a00100b5"  # the same
-                     "e903c1a8 e1030091 220c098b a81b80d2 010000d4"
-                     "e00300cb e00f1ff8 e1030091 600080d2 220080d2 080880d2 010000d4"
-                     "a80b80d2 010000d4"),
+STUB = {  # machine: its number in an ELF file, and its code: four system calls
+    "x86_64": (62, bytes.fromhex("6a035f 6a025e 6a015a 6a4858 0f05 85c0 751f"  # fcntl(3, F_SETFD, FD_CLOEXEC), or exit
+                                 "59 5f 4889e6 488d14cc 6a3b58 0f05"  # execve(argv[0], argv + 1, environment)
+                                 "f7d8 50 4889e6 6a035f 6a015a 6a0158 0f05"  # write(3, &errno, 1)
+                                 "6a3c58 0f05")),  # exit()
+    "aarch64": (183, bytes.fromhex("600080d2 410080d2 220080d2 280380d2 010000d4 a00100b5"  # the same
+                                   "e903c1a8 e1030091 220c098b a81b80d2 010000d4"
+                                   "e00300cb e00f1ff8 e1030091 600080d2 220080d2 080880d2 010000d4"
+                                   "a80b80d2 010000d4")),
 }
 
 def exec_stub():
@@ -2663,12 +2594,10 @@ def exec_stub():
 
     As long as the container's first process is Python, its /proc/self/exe is the host's Python; an image whose program
     is that link would get hold of the file (CVE-2019-5736). So in between it is this, as runc once had its runc-dmz.
-    Descriptor 3 is the line to mocker, and the image's program doesn't get it: there this says why it can't become
-    that. Without one, it is the image that started it, and it ends.
+    If it can't become the other, it tells mocker why, by descriptor 3. Without one, the image has started it: it ends.
     See man 5 elf: a header, a segment to load (1), to be read and executed (5), and in it the code.
     """
     (machine, code), address, start = STUB[os.uname().machine], 0x400000, 64 + 56
-    code = bytes.fromhex(code)
     size, stub = start + len(code), os.memfd_create("stub")
     header = struct.pack("16s2HI3QI6H", b"\x7fELF\2\1\1", 2, machine, 1, address + start, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     os.write(stub, header + struct.pack("2I6Q", 1, 5, 0, address, address, size, size, 0x10000) + code)
@@ -2682,19 +2611,20 @@ def attend(container):
     try:
         forward_signals(container, handle)
         write_config(container, "running")
-        copies, streams = open_copies(container), socket.recv_fds(container.line, 10, 3)[1]
+        copies = [] if story.script else open_copies(container)
+        streams = socket.recv_fds(container.line, 10, 3)[1]
         if container.terminal and streams:  # none, if it failed before it made them
             container.console = streams[1]
             copy_window_size(container.console)
-        outputs = start_relays([(*way, faults, copies) for way in zip(streams[1:], (1, 2))])
-        failure = container.line.recv(1)  # from exec_stub, or nothing: the child has become the program, or has ended
+        outputs = [start_relay(*way, faults, copies) for way in zip(streams[1:], (1, 2))]
+        failure = container.line.recv(1)  # the errno of execve(2), or nothing: it has become the program, or has ended
         with contextlib.ExitStack() as undo:
             if container.console and container.takes_stdin:  # it interprets the keys, Ctrl-C too
                 undo.enter_context(contextlib.suppress(termios.error))  # our terminal may be gone by then
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
                 tty.setraw(0)
             if streams and container.takes_stdin and not failure:  # only now: until now keys are for --step
-                start_relays([(os.dup(0), streams[0], faults)])
+                start_relay(os.dup(0), streams[0], faults)
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
             end_others(container)
             for thread in outputs:
@@ -2724,19 +2654,17 @@ def end_others(container):
     if "pid" not in container.parts:
         for directory in container.cgroups:
             end_members(directory)
-        while orphans := read_kernel_file(f"/proc/self/task/{os.getpid()}/children").split():
-            for pid in map(int, orphans):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+        while orphan := read_kernel_file(f"/proc/self/task/{os.getpid()}/children").partition(" ")[0]:
+            os.kill(int(orphan), signal.SIGKILL)
+            os.waitpid(int(orphan), 0)
 
-def start_relays(ways):
-    """A thread for each direction. (stdin's may wait for a key forever.)"""
-    threads = [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # for the threads: signals are the main one's
-    for thread in threads:
-        thread.start()
+def start_relay(*way):
+    """In a thread of its own. (stdin's may wait for a key forever.)"""
+    thread = threading.Thread(target=relay, args=way, daemon=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # for the thread: signals are the main one's
+    thread.start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    return threads
+    return thread
 
 def relay(source, target, faults, copies=()):
     """Copy until there is no more, or nobody reads any more; closing both ends tells the others."""
@@ -2768,19 +2696,18 @@ def insist(function, stream, argument):
 def forward_signals(container, handle):
     """What reaches mocker goes on to number 1; what is to stop it, once that is the program. It ignores what it
     has no handler for; the third SIGINT or SIGTERM therefore is SIGKILL (man 7 pid_namespaces, "Signals")."""
-    urgent = []
+    urgent, begun = [], select.poll()
+    begun.register(container.line, 0)  # POLLHUP: the child's end is closed, whatever lies here unread
 
     def forward(number, frame):
-        if number in STOPPING and not has_begun(container):
+        if number in (signal.SIGINT, signal.SIGTERM):
+            urgent.append(number)
+        if number in STOPPING and not begun.poll(0) or len(urgent) > 3:  # or it has ended, and nobody reads its output
             interrupted(number, frame)
         if container.console:
             copy_window_size(container.console)
         if container.console and number == signal.SIGHUP:
             hang_up(container.console)
-        if number in (signal.SIGINT, signal.SIGTERM):
-            urgent.append(number)
-        if len(urgent) > 3:  # it has ended, and somebody does not take its output
-            interrupted(number, frame)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL if len(urgent) > 2 else number)
 
@@ -2788,18 +2715,11 @@ def forward_signals(container, handle):
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
 
-def has_begun(container):
-    """Has the child become the program? Then its end of the line is closed (POLLHUP), whatever lies there unread."""
-    poll = select.poll()
-    poll.register(container.line, 0)
-    return bool(poll.poll(0))
-
 def hang_up(terminal):
     """Ours is gone, so the container's goes too, and a shell in there finds its input at an end (man 2 vhangup)."""
-    TIOCGPTPEER, TIOCVHANGUP = 0x5441, 0x5437
     with contextlib.suppress(OSError):
-        slave = fcntl.ioctl(terminal, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
-        fcntl.ioctl(slave, TIOCVHANGUP)
+        slave = fcntl.ioctl(terminal, 0x5441, os.O_RDWR | os.O_NOCTTY)  # TIOCGPTPEER
+        fcntl.ioctl(slave, 0x5437)  # TIOCVHANGUP
         os.close(slave)
 
 def copy_window_size(terminal):
@@ -2808,13 +2728,8 @@ def copy_window_size(terminal):
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8)))
 
 def open_copies(container):
-    """Where output goes besides our own: the container's log, and /tmp/stdout, as ever.
-
-    /tmp is everybody's. So the file is made under a name that nobody can know and renamed: a link
-    that another user planted as /tmp/stdout is replaced, not followed.
-    """
-    if story.script:
-        return []
+    """Where output goes besides our own: the container's log, and /tmp/stdout, as ever. Made under a name that nobody
+    can know, and renamed: a link that another user planted there is replaced, not followed; /tmp is everybody's."""
     copies = [os.open(f"{container.directory}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)]
     mine = f"/tmp/.stdout_{os.urandom(8).hex()}"
     try:
@@ -2862,11 +2777,10 @@ class Answers:
     def do_GET(self):
         path, _, query = self.path.partition("?")
         query = dict(url.parse_qsl(query))
-        asked = re.fullmatch(r"/v2/(?:(.+)/(manifests|blobs)/([^/]+))?", path)
         try:
             if path == "/token":
                 self.reply(200, {"token": self.sign(f"token {query.get('scope', '')}"), "expires_in": 300})
-            elif asked:
+            elif asked := re.fullmatch(r"/v2/(?:(.+)/(manifests|blobs)/([^/]+))?", path):
                 self.answer(*asked.groups(""))
             elif query.get("Signature") == self.sign(f"blob {path[1:]}"):
                 self.send_blob(path[1:], "application/octet-stream")
@@ -2896,7 +2810,7 @@ class Answers:
         return self.reply(404, f"{kind.upper()[:-1]}_UNKNOWN")
 
     def send_blob(self, digest, kind):
-        """Or the rest of it, from a Range on."""
+        """All of it, or with a Range the rest from there on."""
         wanted = re.fullmatch(r"bytes=(\d{1,18})-", self.headers.get("Range", ""))
         with open(blob_path(digest), "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -2937,11 +2851,10 @@ def doctor(arguments):
       mocker doctor
     """
     status, story.level = 0, QUIET
-    trials = try_namespaces, try_overlay, try_firewall
-    for look in (look_at_kernel, look_at_root, look_at_packages, *trials, look_at_cgroup, look_at_subnet,
-                 look_for_leftovers, look_at_hub):
+    for look in (look_at_kernel, look_at_root, look_at_packages, try_namespaces, try_overlay, try_firewall,
+                 look_at_cgroup, look_at_subnet, look_for_leftovers, look_at_hub):
         try:
-            verdict, found = "ok", in_a_worker(look) if look in trials else look()
+            verdict, found = "ok", in_a_worker(look) if look.__name__.startswith("try_") else look()
         except MockerError as error:
             verdict, found = "LACKS" if error.status else "warn", error
         status = status or int(verdict == "LACKS")
@@ -3001,18 +2914,16 @@ def look_at_cgroup():
     return f"v{version}, with memory, pids, cpu"
 
 def look_at_subnet():
-    routes = read_routes()
-    if any(interface == BRIDGE for interface, *_ in routes):
+    if any(interface == BRIDGE for interface, *_ in read_routes()):
         return f"{BRIDGE} is up"
-    free = free_subnet(routes)
+    free = free_subnet()
     check(free == SUBNETS[0], f"{SUBNETS[0]}.0/24 is in use here: run takes {free}.0/24", status=0)
     return f"{SUBNETS[0]}.0/24 is free"
 
 def look_for_leftovers():
     running = container_ids()
     ended = [one for one in all_containers() if one["id"] not in running]
-    return (f"{len(running)} containers run, {len(ended)} that have ended are kept "
-            "(mocker clean --containers)")
+    return f"{len(running)} containers run, {len(ended)} that have ended are kept (mocker clean --containers)"
 
 def look_at_hub():
     try:
@@ -3094,9 +3005,8 @@ def clean(arguments):
 
 # ── Looking into it: inspect, diff ─────────────────────────────────────────────────────────────────
 
-# A cgroup's use and limits, of v2 and of v1
 MEASURES = ("memory.current", "memory.max", "memory.usage_in_bytes", "memory.limit_in_bytes", "pids.current",
-            "pids.max", "cpu.max", "cpu.cfs_quota_us", "cpu.stat", "cpuacct.usage")
+            "pids.max", "cpu.max", "cpu.cfs_quota_us", "cpu.stat", "cpuacct.usage")  # of cgroup v2 and v1
 # What mocker makes if an image lacks it. (docker makes its own in a layer between.)
 MOUNT_POINTS = {"/dev", "/proc", "/sys", "/etc", "/etc/mtab", *(f"/etc/{name}" for name in ETC_FILES)}
 
@@ -3130,9 +3040,8 @@ def draw(label, value, first="", rest=""):
     elif isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
         branches = list(value.items())
     text = label if branches else f"{label}: {in_words(label, value)}"
-    # One line each, but for what stands at the top, as the config.
     print(textwrap.fill(printable(str(text)), 80, initial_indent=first, subsequent_indent=f"{rest}  ", placeholder=" …",
-                        max_lines=3 if len(first) < 8 else 1, break_on_hyphens=False))
+                        max_lines=3 if len(first) < 8 else 1, break_on_hyphens=False))  # 3 for the config and its like
     for number, (name, inner) in enumerate(branches, 1):
         last = number == len(branches)
         draw(name, inner, rest + ("└── " if last else "├── "), rest + ("    " if last else "│   "))
@@ -3213,7 +3122,7 @@ def cgroup_of(pid):
 def diff(arguments):
     """Show what a container changed in its root, as its upper layer has it: A added, C changed, D deleted.
 
-    (After --without=overlay it has none to look at.)
+    (After --without=overlay there is no upper layer to look at.)
 
     Usage:
       mocker diff <container>
@@ -3221,18 +3130,17 @@ def diff(arguments):
     name = arguments["<container>"]
     container = find_container(name)
     check(container, f"no such container: {name[:100]}: see ls {store('containers')}")
-    directory = store("containers", container["id"])
-    unshare("mount")  # the layers alone are seen there, as it found them
+    unshare("mount")  # nobody else sees that mount: the layers alone, as the container found them
     with explained(OSError, f"{name} can't be compared ({{}}): try again"), contextlib.ExitStack() as undo:
         scratch = undo.enter_context(partial_directory())
         mount_overlay(container["layers"], scratch)
         undo.callback(unmount, f"{scratch}/rootfs")
-        found = changes(f"{directory}/upper", f"{scratch}/rootfs")
+        found = changes(store("containers", container["id"], "upper"), f"{scratch}/rootfs")
     for path in sorted(found):
         print(printable(f"{found[path]} {path}"))
 
 def changes(upper, lower):
-    """What an upper layer does to what is below it → {path: A, C or D}, as docker counts"""
+    """What an upper layer does to what is below it → {path: A, C or D}, as docker diff counts"""
     found, folders = {}, [("", True)]
     while folders:
         folder, is_below = folders.pop()
@@ -3262,8 +3170,7 @@ def looks(path):
 
 # ═══ main: from a command's name to its function ═════════════════════════════════════════════════
 
-COMMANDS = {command.__name__: command for command in (
-    pull, images, run, inspect, diff, compare, serve, verify, doctor, clean)}
+COMMANDS = {one.__name__: one for one in (pull, images, run, inspect, diff, compare, serve, verify, doctor, clean)}
 
 def dispatch(argv):
     """A command's docstring is its usage, for docopt as for you."""
@@ -3279,9 +3186,8 @@ def dispatch(argv):
         return print(f"mocker {__version__}")
     if name in ("help", "-h", "--help") or (function and words[:1] in (["-h"], ["--help"])):
         return print(usage.strip())
-    try:
-        arguments = parse_words(name, function, usage, words)
-    except docopt.DocoptExit:
+    arguments = function and parse_words(name, function, usage, words)
+    if arguments is None:
         if "--help" in words:
             return print(usage.strip())
         print(usage[usage.index("Usage:") :].partition("\n\nTry")[0].strip(), file=sys.stderr)
@@ -3294,15 +3200,14 @@ def dispatch(argv):
     return function(arguments)
 
 def parse_words(name, function, usage, words):
-    """→ {"--option" or "<argument>": its value}; DocoptExit if there is no such command, or it takes other words."""
-    if not function:
-        raise docopt.DocoptExit
+    """→ {"--option" or "<argument>": its value}; None if the command takes other words."""
     if function is doctor and not words:  # which must be able to say that docopt is missing, too
         return {}
     # docopt takes no options after the first word that is none, so that `ls -l` can follow `run busybox`;
     # the command's own name must not be that word. Nor does it know of a second column of options.
     usage = re.sub(r"(?<=\S)  +--", "\n  --", usage.replace(f"mocker {name}", "mocker"))
-    return docopt.docopt(usage, words, False, options_first=function is run)
+    with contextlib.suppress(docopt.DocoptExit):
+        return docopt.docopt(usage, words, False, options_first=function is run)
 
 def interrupted(number, frame):
     """Ctrl-C or SIGTERM before the container runs: undo what was done so far, undisturbed by a second one, then end."""

@@ -341,7 +341,7 @@ def test_a_file_of_etc_that_is_a_symlink_to_the_host(run, image, tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["etc/passwd", "etc/group"])
-@pytest.mark.parametrize("kind", ["fifo", "folder", "zero", "loop", "device", "binary", "huge"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "zero", "loop", "device", "binary", "huge", "log"])
 def test_accounts_that_are_no_file_of_lines(run, image, name, kind):
     entries = {
         "fifo": images.entry(name, b"6", 0o644),
@@ -351,6 +351,7 @@ def test_accounts_that_are_no_file_of_lines(run, image, name, kind):
         "device": images.device(name, 1, 5),
         "binary": images.file(name, bytes(range(256)) * 100),
         "huge": images.file(name, b"x:x:" + b"9" * 3_000_000 + b":0::/:\n"),
+        "log": images.symlink(name, "/proc/kmsg"),  # the kernel's, which a reader takes out of there
     }
     tag = image({}, [entries[kind]])
     done = run(tag, "sh", "-c", "grep Uid: /proc/self/status", timeout=30)

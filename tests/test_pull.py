@@ -184,12 +184,12 @@ TRANSCRIPT = r"""Fetching manifest for hello-world:latest...
 "GET FRONT/v2/library/hello-world/manifests/DIGEST HTTP/1.1" 200 \d+
 "GET FRONT/v2/library/hello-world/blobs/DIGEST HTTP/1.1" 307 [\d-]+
 "GET CDN/\S+ HTTP/1.1" 200 \d+
-LAYER"GET FRONT/v2/library/hello-world/blobs/DIGEST HTTP/1.1" 307 [\d-]+
-LAYER"GET CDN/\S+ HTTP/1.1" 200 \d+
-LAYER- hello
+Fetching layer DIGEST..
+"GET FRONT/v2/library/hello-world/blobs/DIGEST HTTP/1.1" 307 [\d-]+
+"GET CDN/\S+ HTTP/1.1" 200 \d+
+- hello
 ...
 """
-LAYER = "(Fetching layer DIGEST..\n)?"  # a worker may be faster than mocker is to announce what it does
 
 
 def test_the_transcript_is_the_seeds(mocker, hub):
@@ -199,10 +199,10 @@ def test_the_transcript_is_the_seeds(mocker, hub):
         "CDN": rf"(http://{hub.cdn_host})?",
         "TOKENS": rf"(http://{hub.token_host})?",
     }
-    expected = TRANSCRIPT.replace("LAYER", LAYER).replace("..", r"\.\.").replace("DIGEST", "sha256:[0-9a-f]{64}")
+    expected = TRANSCRIPT.replace("..", r"\.\.").replace("DIGEST", "sha256:[0-9a-f]{64}")
     for place, pattern in places.items():
         expected = expected.replace(place, pattern)
-    assert re.fullmatch(expected, done.stderr) and done.stderr.count("Fetching layer") == 1, done.stderr
+    assert re.fullmatch(expected, done.stderr), done.stderr
     assert done.stdout == ""
 
 
