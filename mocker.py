@@ -2616,18 +2616,17 @@ def attend(container):
         if container.terminal and streams:  # none, if it failed before it made them
             container.console = streams[1]
             copy_window_size(container.console)
-        outputs = [start_relay(*way, faults, copies) for way in zip(streams[1:], (1, 2))]
+        threads = relays(container, streams, copies, faults)
         failure = container.line.recv(1)  # the errno of execve(2), or nothing: it has become the program, or has ended
         with contextlib.ExitStack() as undo:
             if container.console and container.takes_stdin:  # it interprets the keys, Ctrl-C too
                 undo.enter_context(contextlib.suppress(termios.error))  # our terminal may be gone by then
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
                 tty.setraw(0)
-            if streams and container.takes_stdin and not failure:  # only now: until now keys are for --step
-                start_relay(os.dup(0), streams[0], faults)
+            start_threads(threads)  # only now: till now keys are for --step, and output would get another \r
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
             end_others(container)
-            for thread in outputs:
+            for thread in threads[: len(streams[1:])]:
                 thread.join()
     except BaseException:  # a fault or a signal: it must not go on without us
         with contextlib.suppress(ProcessLookupError):
@@ -2658,13 +2657,18 @@ def end_others(container):
             os.kill(int(orphan), signal.SIGKILL)
             os.waitpid(int(orphan), 0)
 
-def start_relay(*way):
-    """In a thread of its own. (stdin's may wait for a key forever.)"""
-    thread = threading.Thread(target=relay, args=way, daemon=True)
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # for the thread: signals are the main one's
-    thread.start()
+def relays(container, streams, copies, faults):
+    """A thread for each direction. Those of the outputs come first: stdin's may wait for a key forever."""
+    ways = [(*way, faults, copies) for way in zip(streams[1:], (1, 2))]
+    ways += [(os.dup(0), target, faults) for target in streams[:1] if container.takes_stdin]
+    return [threading.Thread(target=relay, args=way, daemon=True) for way in ways]
+
+def start_threads(threads):
+    """Signals are the main thread's: a new one has the mask that was there when it was started."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    for thread in threads:
+        thread.start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    return thread
 
 def relay(source, target, faults, copies=()):
     """Copy until there is no more, or nobody reads any more; closing both ends tells the others."""

@@ -142,13 +142,13 @@ def test_no_terminal_at_all(run):
 class Screen:
     """A terminal of the test's own, with mocker in it as the foreground process."""
 
-    def __init__(self, store, *arguments, rows=33, columns=101, quiet=True):
+    def __init__(self, store, *arguments, rows=33, columns=101, quiet=True, under=()):
         self.master, self.slave = pty.openpty()
         self.resize(rows, columns)
         self.before = termios.tcgetattr(self.slave)
         self.said = ""
         self.process = subprocess.Popen(
-            store.command(["run", *["-q"] * quiet, *arguments]),
+            [*under, *store.command(["run", *["-q"] * quiet, *arguments])],
             **dict.fromkeys(("stdin", "stdout", "stderr"), self.slave),
             env=store.env,
             preexec_fn=self.take_terminal,
@@ -224,6 +224,13 @@ def test_the_terminal_is_mocker_s_until_the_program_runs(screen):
     shell = screen("-it", "--explain", "busybox", "true", quiet=False)
     assert shell.end() == 0
     assert "Exec: become" in shell.said and "\n" not in shell.said.replace("\r\n", "")
+
+
+def test_output_waits_until_the_terminal_is_raw(screen):
+    slowly = ["strace", "-f", "-qq", "-o/dev/null", "-etrace=ioctl", "-einject=ioctl:delay_enter=20000"]
+    shell = screen("-it", "busybox", "echo", "first", under=slowly)
+    assert shell.end() == 0
+    assert shell.said == "first\r\n"
 
 
 def test_keys_are_for_step_until_the_program_runs(screen):
