@@ -763,7 +763,7 @@ def decompressed(file):
     return gunzip(file) if kind == "+gzip" else pieces(file)
 
 def gunzip(file):
-    """Its members (RFC 1952), piece by piece. The gzip module takes 8 KiB at once: a pull would last a tenth longer."""
+    """Its members (RFC 1952), piece by piece. Up to Python 3.11 the gzip module takes 8 KiB at once, which is slow."""
     member = zlib.decompressobj(wbits=31)
     for piece in pieces(file):
         while piece and not (member.eof and not piece.strip(b"\0")):  # zeros may follow, or another member
@@ -1014,7 +1014,7 @@ def unpack_layer(blob, diff_ids, directory):
 # ── Pull ───────────────────────────────────────────────────────────────────────────────────────────
 
 def be_worker(parent):
-    """A process that downloads, unpacks or tries; it ends with its parent, silently, and mounts for itself alone."""
+    """A process that works for us: it ends with its parent, silently, and mounts for itself alone."""
     die_with(parent)
     for stop in STOPPING:
         signal.signal(stop, signal.SIG_DFL)
@@ -1098,7 +1098,7 @@ def pull_image(reference, platform=None):
             say(f"{reference} is for {made_for}, and can't run here")
         fetch_layers(registry, found["manifest"]["layers"], config["rootfs"]["diff_ids"], partial)
     stored = {"name": reference.name, "version": reference.version, **found}
-    write_index({reference.file: stored})
+    write_index({reference.file: stored})  # and, under the same lock, the image's own file
     return Image(reference.file)
 
 @locked(HOME)
@@ -2226,6 +2226,7 @@ def run(arguments):
       --only=PARTS        caps,seccomp,mask,user, to see what each is for, or chroot
     """
     given = {**arguments, **{name: parse(name, arguments[name]) for name in FORMS if arguments[name] is not None}}
+    check(given["--only"] is None or given["--without"] is None, "--only is the opposite of --without: give just one")
     targets = [target for _, target, _ in given["--volume"]]
     check(len(targets) == len({*targets}), "invalid --volume: two have the same place in the container")
     has_keys = os.isatty(0) or not (given["--tty"] and given["--interactive"])
@@ -2389,7 +2390,7 @@ class Container:
         self.working_directory = given["--workdir"] or parse("--workdir", config.get("WorkingDir") or "/")
 
 def choose_parts(given):
-    """--only=net,pid: none but these; --without=net,pid: not these. What remains without any is a chroot."""
+    """--without=net,pid: all other parts; --only=net,pid: none but these; chroot is what then remains."""
     parts = {*(PARTS if given["--only"] is None else given["--only"])} - (given["--without"] or set())
     if given["--privileged"]:
         parts -= {"mask", "seccomp"}
