@@ -2006,7 +2006,8 @@ def end_members(directory):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     if members or story.script:
-        tell(f"for pid in $(cat {directory}/cgroup.procs); do kill -9 $pid; done")
+        kill = "while grep -q . cgroup.procs; do kill -9 $(cat cgroup.procs); sleep 0.1; done"
+        tell(f"(cd {directory} && {kill}) 2>/dev/null")
 
 # ═══ Its privileges: user, capabilities, system calls ════════════════════════════════════════════
 

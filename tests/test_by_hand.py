@@ -210,9 +210,13 @@ def test_a_store_with_an_odd_name(mocker, registry, tmp_path):
     assert (volume / "file").read_text() == "kept"
 
 
-def test_what_it_leaves_running_is_ended(by_hand):
+@pytest.mark.parametrize("left", ["sleep 77 & sleep 77 &", "dd if=/dev/zero of=/dev/null bs=1G & sleep 1"],
+                         ids=["at-once", "while-its-memory-goes"])
+def test_what_it_leaves_running_is_ended(by_hand, left):
+    """The kernel takes a moment to end a process of 1 GiB, and its cgroup can't go before."""
     before = host.snapshot()
-    assert by_hand("--without=pid", "busybox", "sh", "-c", "sleep 77 & sleep 77 &").returncode == 0
+    done = by_hand("--without=pid", "busybox", "sh", "-c", left)
+    assert (done.returncode, done.stderr) == (0, "")
     assert host.settled_difference(before) == []
 
 
