@@ -150,7 +150,7 @@ def tell(command, wraps=False, by_hand=None):
 def prove(question, answer):
     """What the kernel, or a registry, says now; of the kernel, `question` is the command that asks the same."""
     if story.level >= EXPLAIN:
-        for line in [f"  ? {question}"] + [f"  = {line}" for line in answer.splitlines()]:
+        for line in [f"  ? {question}"] + [f"  = {line}" for line in answer.expandtabs().splitlines()]:
             write_line(line, "proof")
 
 def step(part=None):
@@ -206,11 +206,13 @@ class Script:
     """
 
     def __init__(self, header, id):
-        self.lines, self.ends, self.chain, self.id = [header], [], None, id
+        self.lines, self.ends, self.id = [header], [], id
+        self.chain = None  # what goes before the program; a list once the old root is left (pivot_by_hand)
 
     def add(self, line, wraps=False):
         if wraps and self.chain is not None:
             self.chain.append(line)
+            self.lines.append("# (In the last line: until then a shell needs its power.)")
         elif wraps:
             end = f"INSIDE_{len(self.ends)}_{self.id}"  # no image can know it, to end it before
             shell = f"{line} sh -e /dev/fd/3 3<<'{end}'"
@@ -464,7 +466,7 @@ def run_tool(command):
     return output
 
 def ask_tool(command, text=None):
-    """The same for one that changes nothing, which need not be told."""
+    """The same, untold: for one that changes nothing, or whose caller tells it in other words."""
     # cron's PATH, and that of `su` without a dash, has no sbin, where nft is.
     path = [place for folder in os.get_exec_path() for place in (folder, re.sub("/bin$", "/sbin", folder))]
     environment = {**os.environ, "PATH": ":".join(path)}
@@ -476,7 +478,7 @@ def parse_json(raw, shape, what):
     """From outside → a document of that shape; MockerError if it is anything else."""
     with explained((ValueError, RecursionError), f"{what} is not JSON: a broken registry, or another answers for it"):
         text = raw if isinstance(raw, str) else raw.decode()
-        return check_shape(json.loads(text, parse_constant=int), shape, what)  # NaN is no number in JSON, nor for int
+        return check_shape(json.loads(text, parse_constant=int), shape, what)  # int("NaN") fails: JSON has no NaN
 
 def check_shape(value, shape, what):
     """`value`, if it is as the spec says: {"key": shape}, [shape], a type or a pattern. Nothing is guessed at,
@@ -485,7 +487,7 @@ def check_shape(value, shape, what):
     names = {dict: "an object", list: "a list", str: "valid text", int: "a number"}
     check(type(value) is kind and (kind is not int or value in range(1 << 63))
           and (kind is not str or re.fullmatch(shape, value)),
-          f"{what} should be {names[kind]}, and is not: it is broken, or something else")  # (maybe a secret)
+          f"{what} should be {names[kind]}, and is not: it is broken, or something else")  # unshown: it may be a secret
     for key, inner in shape.items() if isinstance(shape, dict) else ():
         name = key.rstrip("?")
         if name == key or value.get(name) is not None:
@@ -657,8 +659,8 @@ def write_file(path, content):
         undo.pop_all()
 
 def open_store():
-    """Its directories, for root alone, since images have setuid programs. Layers need whiteouts, which an overlay
-    keeps for itself; and / inside docker is one."""
+    """Its directories, for root alone, since images have setuid programs. Layers need whiteouts, which can't
+    be made on an overlay, as / is one inside docker."""
     probe = store(f"{os.urandom(6).hex()}.probe")
     with explained(OSError, f"{HOME} can't be the store: {{}}: choose another MOCKER_HOME"):
         os.makedirs(HOME, exist_ok=True)
@@ -699,7 +701,7 @@ def partial_directory():
         yield path
 
 def remove_tree(path):
-    """By rm(1): a deep tree exhausts shutil.rmtree, and all that is needed to capture output takes time to import."""
+    """By rm(1), since a deep tree exhausts shutil.rmtree; not by run_tool: to import subprocess takes time."""
     command = ["rm", "-rf", path]
     with contextlib.suppress(FileNotFoundError):  # a PATH without rm
         os.waitpid(os.posix_spawnp("rm", command, os.environ), 0)
@@ -815,6 +817,7 @@ def confined(directory):
     That is why `run` does not rely on chroot."""
     outside, finders = os.open("/", os.O_PATH), sys.meta_path
     sys.meta_path = []  # an import would now run the image's own /usr/lib/python3
+    tell(f"chroot {shlex.quote(directory)}")
     os.chroot(directory)
     os.chdir("/")
     try:
@@ -885,7 +888,7 @@ class Unpacker:
         path = os.path.join(folder, name)
         if name.startswith(".wh."):
             self.whiteouts.append((folder, name[len(".wh.") :]))
-            if not self.below:
+            if not self.below:  # it stands on them, or there are none: nothing to wait for
                 self.go_below()
         else:
             self.enter(folder)
@@ -997,6 +1000,7 @@ def unpack_layer(blob, diff_ids, directory):
         time.sleep(0.01)
     with open(os.memfd_create("log"), "rb") as told, explained(*DAMAGED), open(blob_path(blob["digest"]), "rb") as file:
         story.output = told.fileno()
+        unshare("mount")  # what it mounts is for itself alone
         stream = TarStream(checked(decompressed(file), diff_ids[-1]))
         tar = tarfile.TarFile(fileobj=stream, encoding="utf-8", errors="surrogateescape", copybufsize=1 << 18)
         unpacker = Unpacker(tar, below, directory)
@@ -1014,11 +1018,10 @@ def unpack_layer(blob, diff_ids, directory):
 # ── Pull ───────────────────────────────────────────────────────────────────────────────────────────
 
 def be_worker(parent):
-    """A process that works for us: it ends with its parent, silently, and mounts for itself alone."""
+    """A process that works for us: it ends with its parent, silently."""
     die_with(parent)
     for stop in STOPPING:
         signal.signal(stop, signal.SIG_DFL)
-    unshare("mount")
     sys.setrecursionlimit(10_000)  # a path in a layer may be 2,000 folders deep
 
 def is_stored(blob):
@@ -1260,7 +1263,7 @@ def unshare(*kinds):
 
 @contextlib.contextmanager
 def coming_back(kind):
-    """Leave a namespace for a while; setns(2) takes an open file that stands for one."""
+    """Whatever namespace is entered within, come back to ours; setns(2) takes an open file that stands for one."""
     with open(f"/proc/thread-self/ns/{kind}") as handle:
         try:
             yield
@@ -1377,7 +1380,7 @@ def held_journal(id):
 
 def sweep():
     """Clear away what killed mockers left, and with the last container what all shared: the host is as it was."""
-    if os.geteuid() == 0 and os.path.isdir(JOURNALS) and os.listdir(JOURNALS):
+    if os.geteuid() == 0 and os.path.isdir(JOURNALS):
         with locked(JOURNALS):
             for id in container_ids():
                 with contextlib.suppress(BlockingIOError, FileNotFoundError), open(f"{JOURNALS}/{id}") as file:
@@ -1407,9 +1410,8 @@ def meanwhile(name, *arguments):
 #  From here on, `container` is what is to be run, and what was made for it so far (class Container, in "run").
 
 DEVICES = ["null", "zero", "full", "random", "urandom", "tty"]
-LINKS = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}  # to /proc/self/fd
-# A layer is not to depend on this kernel's defaults; volatile: nothing waits for the disk at the end.
 LINUX = [int(number) for number in os.uname().release.partition("-")[0].split(".")[:2]]
+# A layer is not to depend on this kernel's defaults; volatile: nothing waits for the disk at the end.
 FEATURES = "nodev,index=off,metacopy=off,redirect_dir=off" + ",volatile" * (LINUX >= [5, 10])
 HARMLESS = "nosuid,nodev,noexec"
 ETC_FILES = ("hosts", "hostname", "resolv.conf")
@@ -1423,7 +1425,7 @@ def leave_namespaces(container):
     """Namespaces: see other things under the same names
 
     mount: a mount table of its own. uts: a host name. ipc: message queues and shared memory.
-    cgroup: its own cgroup looks like the root. pid came with the fork: this process is number 1.
+    cgroup: its own cgroup looks like the root. pid, if it is to have that, came with the fork.
     user and time are missing, as in Docker: root in here is root out there, held by what follows.
     See man 7 namespaces. Look: lsns; ls -l /proc/PID/ns
     """
@@ -1477,7 +1479,7 @@ def take_along(container):
     See man 2 open_tree.
     """
     etc = [(f"{container.directory}/{name}", f"/etc/{name}", container.read_only) for name in ETC_FILES]
-    parcels, devices = [], [like.st_rdev for like in container.devices.values()]  # of its own: those may be opened
+    parcels, devices = [], [like.st_rdev for like in container.devices.values()]  # as a volume, too, they can be opened
     for source, target, read_only in sorted(etc + container.volumes, key=lambda row: row[1].count("/")):  # outer first
         handle = call("open_tree", AT_FDCWD, source, OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC, what=source)
         options = ["nodev"] * (os.fstat(handle).st_rdev not in devices) + ["ro"] * read_only
@@ -1539,12 +1541,12 @@ def mount_kernel_filesystems(container):
     mount_at("mqueue", "dev/mqueue", "mqueue", HARMLESS)
     mount_at("sysfs", "sys", "sysfs", shown)
     make_link("pts/ptmx", "dev/ptmx")
-    for name, number in LINKS.items():
+    for name, number in {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}.items():
         make_link(f"/proc/self/fd{number}", f"dev/{name}")
     mount_cgroups(container, shown)
-    etc = "." + os.path.realpath("/etc")  # where older programs look for the mounts
+    etc = "." + os.path.realpath("/etc")
     make_directory(etc)
-    if not os.path.lexists(f"{etc}/mtab"):
+    if not os.path.lexists(f"{etc}/mtab"):  # where older programs look for the mounts
         make_link("/proc/mounts", f"{etc}/mtab")
 
 def make_device(path, like):
@@ -1614,7 +1616,7 @@ def write_etc(container):
     resolver = read_kernel_file("/etc/resolv.conf")
     if container.network == "host":
         hosts = read_kernel_file("/etc/hosts") + "\n"
-    else:  # what can't be reached: the host's own, as systemd-resolved's, which has a list of others; IPv6
+    else:  # without those that can't be reached from inside: 127.…, as systemd-resolved, which has a list; and IPv6
         upstream = read_kernel_file("/run/systemd/resolve/resolv.conf") if " 127.0.0.53" in resolver else ""
         resolver = re.sub(r"^\s*nameserver\s+(127\.|\S*:).*\n?", "", upstream or resolver, flags=re.M)
     if not re.search(r"^\s*nameserver", resolver, re.M):
@@ -1661,7 +1663,7 @@ def ask_kernel(command, request, fields, **attributes):
     tell(command)
 
 def nested(**attributes):
-    """As pyroute2 wants them in a message, and in an attribute that has some."""
+    """Attributes, as pyroute2 wants them in a message, or within another attribute."""
     return {"attrs": list(attributes.items())}
 
 def add_address(name, address):
@@ -1697,7 +1699,9 @@ def create_network(container, undo):
 
 def create_netns(name):
     """A new one; it stays for as long as it is mounted on a file, which is its name."""
-    os.makedirs(NETNS, exist_ok=True)
+    if not os.path.isdir(NETNS):
+        HOST.note(attempt, "call", "rmdir", NETNS)  # not told: ip-netns(8) would leave it
+        os.makedirs(NETNS, exist_ok=True)
     os.close(os.open(f"{NETNS}/{name}", os.O_CREAT | os.O_EXCL, 0o444))
     with coming_back("net"):
         call("unshare", NAMESPACE_FLAGS["net"])
@@ -1778,8 +1782,6 @@ def delete_network(id, address):
         attempt("call", "umount2", f"{NETNS}/mocker_{id}", MNT_DETACH)  # it may not have been mounted yet
         os.unlink(f"{NETNS}/mocker_{id}")
         tell(f"ip netns delete mocker_{id}")
-        with contextlib.suppress(OSError):  # not told: ip-netns(8) would leave it
-            os.rmdir(NETNS)
 
 def delete_bridge():
     """With the last container's wire: the kernel waits for those who may be using them, once for the whole group."""
@@ -1807,7 +1809,7 @@ def add_iptables(tool, owner, rules, note):
 def change_iptables(tool, verb, owner, rules):
     """nat OUTPUT … → iptables -t nat -I OUTPUT …, with the owner's name in a comment; a table's all in one request."""
     answers, split = [], [rule.split(" ", 1) for rule in rules]
-    for table in dict(split):
+    for table in dict(split):  # each once
         rows = [f"{verb} {rule} -m comment --comment {owner}" for name, rule in split if name == table]
         answers.append(ask_tool([f"{tool}-restore", "-w", "--noflush"], "\n".join([f"*{table}", *rows, "COMMIT\n"])))
         for row in rows if answers[-1] is not None else ():
@@ -1967,10 +1969,10 @@ def join_cgroup(container):
     """Join the cgroup, while /sys/fs/cgroup is still in sight
 
     A process is moved by writing its number into cgroup.procs; 0 is whoever writes. All that it
-    forks later is born in there. (In v1, tasks moves one thread, which is all that we have, and need
-    not wait, as cgroup.procs does, until nobody on the machine forks.)
+    forks later is born in there.
     See man 7 cgroups. Look: cat /proc/PID/cgroup
     """
+    # v1: tasks moves one thread, which is all that we have; cgroup.procs would wait until nobody on the machine forks.
     for directory in container.cgroups:
         write_kernel_file(f"{directory}/{'tasks' if container.cgroup_version == 1 else 'cgroup.procs'}", 0)
     prove("cat /proc/self/cgroup", read_kernel_file("/proc/self/cgroup"))
@@ -2181,7 +2183,7 @@ def is_id(text):
     return re.fullmatch("[0-9]{1,10}", text)
 
 def find_entry(file, key, kind):
-    """By name, or by number if the key is one: then no name counts, and one that has no entry will do."""
+    """By name or number. A key of digits is only ever a number, and needs no entry."""
     found = [entry for entry in read_colons(f"/etc/{file}")
              if (int(entry[2]) == int(key) if is_id(key) else entry[0] == key)]
     check(found or is_id(key), f"unable to find {kind} {key}: no matching entries in {file} file")
@@ -2230,8 +2232,8 @@ def run(arguments):
     check(given["--only"] is None or given["--without"] is None, "--only is the opposite of --without: give just one")
     targets = [target for _, target, _ in given["--volume"]]
     check(len(targets) == len({*targets}), "invalid --volume: two have the same place in the container")
-    has_keys = os.isatty(0) or not (given["--tty"] and given["--interactive"])
-    check(has_keys, "the input device is not a TTY: leave out -t")
+    check(os.isatty(0) or not (given["--tty"] and given["--interactive"]),
+          "the input device is not a TTY: leave out -t")
     container = Container(given, find_image(given["<name>"]))  # pulled only now that all of this is right
     return rehearse(container) if given["--by-hand"] else perform(container)
 
@@ -2263,8 +2265,8 @@ trap : INT TERM HUP  # what is made is undone, too
 OBEYED = "LD_|GLIBC_|GCONV_PATH|GETCONF_DIR|LOCPATH|MALLOC_|NLSPATH|RESOLV_|TZDIR"  # by the C library (man 8 ld.so)
 
 def rehearse(container):
-    """--by-hand: all of it but the program itself; what was told on the way is printed, once it is undone. How the
-    container is made, the child writes to its stdout, here a file; how it ends is ours."""
+    """--by-hand: all of it but the program itself; what was told on the way is printed, once it is undone. The
+    child prints how the container is made (its stdout is a file here), we add how it ends."""
     missing = sorted({"SETUID", "SETGID", "SYS_CHROOT"} - {*container.capabilities})
     check(not missing or "caps" not in container.parts,
           f"--by-hand needs {', '.join(missing)} to the last, for setpriv(1) and unshare(1): keep them")
@@ -2316,7 +2318,7 @@ def to_cpus(number):
 
 def to_volume(host, target, mode):
     """→ (host, container, read-only)"""
-    place = os.path.normpath("/" + target.lstrip("/"))
+    place = rooted(target)
     is_allowed = not re.fullmatch("/|/dev|/proc(/.*)?", place)  # a volume is nodev, and /proc comes after it
     return (os.path.abspath(host), place, mode == ":ro") if is_allowed else None
 
@@ -2365,7 +2367,7 @@ class Container:
     """What is to be run, and what was made for it. What the command line leaves open, the image's config says."""
 
     def __init__(self, given, image):
-        config, self.image, self.layers = image.config.get("config") or {}, image, image.layers[::-1]
+        config, self.image, self.layers = image.config.get("config") or {}, full_name(image.stored), image.layers[::-1]
         self.id = os.urandom(4).hex()
         self.directory = store("containers", self.id)
         self.parts = choose_parts(given)
@@ -2449,10 +2451,8 @@ def create_container(container, undo):
 
 def write_config(container, status, **more):
     """config.json: what later commands need to know of it."""
-    plain = {key: value for key, value in vars(container).items()
-             if isinstance(value, (str, int, list, dict, type(None))) and key not in ("devices", "console")}
-    image = full_name(container.image.stored)
-    write_file(f"{container.directory}/config.json", {**plain, "image": image, "status": status, **more})
+    known = {key: getattr(container, key) for key in ("id", "name", "image", "pid", "arguments", "layers")}
+    write_file(f"{container.directory}/config.json", {**known, "status": status, **more})
 
 def all_containers():
     """Every container's config.json."""
@@ -2466,19 +2466,18 @@ def delete_directory(directory):
     # If something is still mounted there, volumes would be emptied. (mountinfo writes a blank as \040.)
     if f" {os.path.realpath(directory)}/" not in read_kernel_file("/proc/self/mountinfo").replace(r"\040", " "):
         remove_tree(directory)
-        attempt("remove_directory", os.path.dirname(directory))
 
 # ── Its first process ──────────────────────────────────────────────────────────────────────────────
 
 @step()
 def start(container):
-    """Fork: the first process of a new pid namespace
+    """Fork: the container's first process
 
     unshare(2) with CLONE_NEWPID does not move us; it makes our next child number 1 of a new
     namespace. When number 1 ends, the kernel ends all the others in there: nothing survives.
     See man 7 pid_namespaces. Look: ps -ef --forest
     """
-    container.line, inner = socket.socketpair()
+    container.line, inner = socket.socketpair()  # our end and the child's: for its streams, then for an errno
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until forward_signals, and in the child go_inside
     with coming_back("pid_for_children"), inner:
         if "pid" in container.parts:
@@ -2512,7 +2511,7 @@ def go_inside(container, line, mocker):
         os._exit(status or 0)
 
 def close_inherited(keep):
-    """A directory of the host that stayed open would be a way out: /proc/self/fd/13 (CVE-2024-21626)."""
+    """A directory of the host that stayed open would be a way out: /proc/self/fd/N (CVE-2024-21626)."""
     for stream in 0, 1, 2:
         os.dup2(os.open(os.devnull, os.O_RDWR), stream)
     for descriptor in set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2} - keep:
@@ -2628,6 +2627,8 @@ def attend(container):
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
                 tty.setraw(0)
             start_threads(threads)  # only now: till now keys are for --step, and output would get another \r
+            while not select.select([handle], [], [], 0.2)[0]:
+                pass  # one endless wait would be one for a signal, too, that came just before it: Python looks between
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
             end_others(container)
             for thread in threads[: len(streams[1:])]:
@@ -2702,8 +2703,8 @@ def insist(function, stream, argument):
             select.select(readable, writable, [])
 
 def forward_signals(container, handle):
-    """What reaches mocker goes on to number 1; what is to stop it, once that is the program. It ignores what it
-    has no handler for; the third SIGINT or SIGTERM therefore is SIGKILL (man 7 pid_namespaces, "Signals")."""
+    """What reaches mocker goes on to number 1; but what is to stop it stops mocker, until number 1 is the program. That
+    ignores what it has no handler for; the third SIGINT or SIGTERM is SIGKILL (man 7 pid_namespaces, "Signals")."""
     urgent, begun = [], select.poll()
     begun.register(container.line, 0)  # POLLHUP: the child's end is closed, whatever lies here unread
 
@@ -2741,7 +2742,7 @@ def open_copies(container):
     copies = [os.open(f"{container.directory}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)]
     mine = f"/tmp/.stdout_{os.urandom(8).hex()}"
     try:
-        copies.append(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644))
+        copies.append(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
         os.rename(mine, "/tmp/stdout")
     except OSError as error:
         say(f"/tmp/stdout can't be written: {error.strerror}")
@@ -2775,10 +2776,11 @@ def serve(arguments):
         f"{registry.server_port} mocker pull …")
     for server in registry, cdn:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    signal.pause()  # here, since http.server takes any exception, a signal's too, for a fault in a request
+    while True:  # a signal ends it here, since http.server takes any exception for a fault in a request
+        time.sleep(1)  # no endless wait, as in attend
 
 class Answers:
-    """To GET and HEAD, at both ports. A token, or a signed address, is one that only we can have signed."""
+    """To GET and HEAD, at both ports. Tokens and the CDN's addresses are signed with a key that only we have."""
 
     protocol_version = "HTTP/1.1"
 
@@ -2897,6 +2899,7 @@ def try_namespaces():
     return "mount, uts, ipc, pid, net, cgroup"
 
 def try_overlay():
+    unshare("mount")
     open_store()
     with partial_directory() as directory, explained(MockerError, "{}: modprobe overlay, or move MOCKER_HOME"):
         os.mkdir(f"{directory}/layer")
@@ -2958,7 +2961,8 @@ echo "host name|$(uname -n)"
 echo "network interfaces|$(grep -c : /proc/net/dev)"
 echo "mounts it sees|$(grep -c . /proc/self/mounts)"
 can "may take 200 MB of memory" dd if=/dev/zero of=/dev/null bs=200M count=1
-can "may signal the host's" sh -c 'test -e "/proc/$1/root$0" && kill -0 "$1"' "$0" "$1"  # not just one of that number
+# PID/root has this file: it is the host's process, not just one of that number
+can "may signal the host's" sh -c 'test -e "/proc/$1/root$0" && kill -0 "$1"' "$0" "$1"
 can "may mount" sh -c 'mount -t tmpfs none /tmp && umount /tmp'
 can "may rename the host" dd of=/proc/sys/kernel/hostname count=0 conv=notrunc  # it is only opened
 can "may set the kernel" dd of=/proc/sys/kernel/panic count=0 conv=notrunc

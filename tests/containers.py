@@ -40,7 +40,10 @@ class Running:
         if self.process.poll() is not None:
             pytest.fail(f"mocker ended with {self.process.returncode}:\n{self.process.stderr.read()}")
         for path in self.home.glob("containers/*/config.json"):
-            config = json.loads(path.read_text())
+            try:
+                config = json.loads(path.read_text())
+            except FileNotFoundError:  # of another one, with --rm
+                continue
             pid, self.id = config.get("pid") or 0, config["id"]
             status = host.process_status(pid)
             if status and status["parent"] == self.process.pid and is_of_image(pid, self.process.pid):

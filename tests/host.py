@@ -28,7 +28,7 @@ import time
 
 import pytest
 
-SETTLING_TIME = 2.0  # the kernel frees namespaces, and the veths in them, a little after their last user ends
+SETTLING_TIME = 20.0  # the kernel frees namespaces, and the veths in them, a little after their last user ends
 
 BESIDE = "MOCKER_TEST_BESIDE" in os.environ and "MOCKER_TEST_INSIDE" not in os.environ  # of another kernel
 SHARED_BESIDE = ["cgroup", "sysctl", "file"]

@@ -272,6 +272,7 @@ def test_the_container_s_directory_stays(store):
 def test_rm_leaves_no_directory(store):
     assert store("run", "-q", "--rm", "busybox", "sh", "-c", "mkdir -p /a/b; exit 4").returncode == 4
     assert not list(store.home.glob("containers/*"))
+    assert (store.home / "containers").stat().st_mode & 0o777 == 0o700  # the next one may be about to use it
 
 
 # ---- /tmp/stdout, where anyone may have planted something ----------------------------------------
