@@ -1572,7 +1572,10 @@ def unpack_parcels(container, parcels):
     """
     for handle, source, target, options in parcels:
         target = "." + os.path.realpath(target)  # also where a dangling symlink points
-        make_directory(target if stat.S_ISDIR(os.fstat(handle).st_mode) else os.path.dirname(target))
+        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        check(not os.path.exists(target) or os.path.isdir(target) == is_folder,
+              f"invalid --volume: {source} can't lie on {target[1:]}: one of them is a directory, and one is not")
+        make_directory(target if is_folder else os.path.dirname(target))
         if not os.path.exists(target):
             write_text(target, "")
         call("move_mount", handle, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH, what=target)
@@ -1874,6 +1877,8 @@ def publish_ports(container, undo):
               "ports can't be published, since neither nft nor iptables works here: install nftables")
         # From 127.0.0.1 a packet may leave by the bridge only if the bridge says so.
         write_kernel_file(f"/proc/sys/net/ipv4/conf/{BRIDGE}/route_localnet", "1")
+        # To the container itself it goes back by the port that it came from. (That /sys may be of another network.)
+        attempt("write_kernel_file", f"/sys/class/net/veth0_{container.id}/brport/hairpin_mode", "1")
 
 # ═══ Its cgroup: how much it may use ═════════════════════════════════════════════════════════════
 #
@@ -2170,7 +2175,7 @@ def find_user(text):
     """-u, or the image's User, looked up in the image's own files → uid, gids, home"""
     name, _, group = text.partition(":")
     account = find_entry("passwd", name or "0", "user")
-    uid, home = int(account[2]), account[5] or "/"
+    uid, home = int(account[2]), find_entry("passwd", account[2], "user")[5]  # the first of that number, as in docker
     if group:
         gids = [int(find_entry("group", group, "group")[2])]
     else:
@@ -2187,7 +2192,7 @@ def find_entry(file, key, kind):
     found = [entry for entry in read_colons(f"/etc/{file}")
              if (int(entry[2]) == int(key) if is_id(key) else entry[0] == key)]
     check(found or is_id(key), f"unable to find {kind} {key}: no matching entries in {file} file")
-    return found[0] if found else [None, "", key, "", "", ""]  # nobody's
+    return found[0] if found else [None, "", key, "", "", "/"]  # nobody's
 
 def read_colons(path):
     """Lines of /etc/passwd or /etc/group → lists of fields. What an image has there may be a FIFO, or have no end."""
@@ -2625,7 +2630,7 @@ def attend(container):
             if container.console and container.takes_stdin:  # it interprets the keys, Ctrl-C too
                 undo.enter_context(contextlib.suppress(termios.error))  # our terminal may be gone by then
                 undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
-                tty.setraw(0)
+                tty.setraw(0, termios.TCSANOW)  # which keeps what has been typed
             start_threads(threads)  # only now: till now keys are for --step, and output would get another \r
             while not select.select([handle], [], [], 0.2)[0]:
                 pass  # one endless wait would be one for a signal, too, that came just before it: Python looks between

@@ -244,6 +244,15 @@ def test_a_published_port_is_open_to_other_containers(start, run):
     assert run("busybox", "wget", "-qO-", f"http://10.0.0.1:{port}/", timeout=20).stdout == f"served by {web.id}\n"
 
 
+def test_a_published_port_is_open_to_the_container_itself(start):
+    """Also where iptables sees what a bridge passes on (net.bridge.bridge-nf-call-iptables), as on Docker's hosts."""
+    port = free_port()
+    web = start("-p", f"{port}:80", *WEB)
+    get(web.address)
+    inside = ["nsenter", f"--net=/proc/{web.pid}/ns/net"]
+    assert fetch(inside, "10.0.0.1", port) == f"served by {web.id}\n"
+
+
 def test_a_port_published_on_one_address_only(start, internet):
     port = free_port()
     web = start("-p", f"127.0.0.1:{port}:80", *WEB)

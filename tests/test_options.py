@@ -189,6 +189,12 @@ def test_a_volume_that_is_a_file(run, shared):
     assert run("-v", f"{shared}/file:/a/new/place", "busybox", "cat", "/a/new/place").stdout == "of the host\n"
 
 
+def test_a_volume_and_its_place_are_of_one_kind(run, shared):
+    (shared / "file").write_text("")
+    for source, target in (shared / "file", "/bin"), (shared, "/etc/passwd"):
+        one_line(run("-v", f"{source}:{target}", "busybox", "true"), f"{source} can't lie on {target}", "a directory")
+
+
 def test_a_volume_that_is_not_there_is_made(run, tmp_path):
     assert run("-v", f"{tmp_path}/a/b:/data", "busybox", "touch", "/data/x").returncode == 0
     assert (tmp_path / "a/b/x").exists()

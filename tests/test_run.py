@@ -160,16 +160,16 @@ def test_user(run, image, user, expected):
     assert run(image({"User": user}), *look).stdout == f"{expected}\n"
 
 
-ACCOUNTS = b"short:x:1001:1002\n  blanks:x:1003:1004::/b \nnone:x:1005\nodd:x:1006:x::/o\n\nbroken\n"
+ACCOUNTS = b"short:x:1001:1002\n  blanks:x:1003:1004::/b \nnone:x:1005\nodd:x:1006:x::/o\n\nbad\nalias:x:1003:9::/a\n"
 
 
 @pytest.mark.parametrize(
     ("user", "expected"),
-    [("short", "1001 1002 1002 3001 /"), ("1001", "1001 1002 1002 3001 /"), ("blanks", "1003 1004 1004 /b"),
-     ("none", "1005 0 0 /"), ("odd", "1006 0 0 /o")],
+    [("short", "1001 1002 1002 3001"), ("1001", "1001 1002 1002 3001"), ("blanks", "1003 1004 1004 /b"),
+     ("none", "1005 0 0"), ("odd", "1006 0 0 /o"), ("alias", "1003 9 9 /b")],
 )  # fmt: skip
 def test_users_of_odd_lines(run, image, user, expected):
-    """As runc reads them: fields may be missing, and blanks around a line."""
+    """As runc reads them: fields may be missing, and blanks around a line; HOME is that of the first of that number."""
     entries = [images.file("etc/passwd", ACCOUNTS), images.file("etc/group", b"g1:x:3001:short\nnobody\n")]
     look = ["sh", "-c", "echo $(id -u) $(id -g) $(id -G) $HOME"]
     assert run("-u", user, image({}, entries), *look).stdout == f"{expected}\n"

@@ -259,6 +259,16 @@ def test_end_of_file_before_the_program_runs_is_not_its(screen):
     assert shell.end() == 7
 
 
+def test_what_is_typed_before_the_program_runs_is_kept(screen):
+    shell = screen("-it", "busybox", "sh", "-c", "read a; read b; echo got $a $b")
+    shell.type(b"early\rbi")
+    shell.see("early")
+    time.sleep(1)
+    shell.type(b"rd\r")
+    shell.see("got early bird")
+    assert shell.end() == 0
+
+
 def test_a_dialogue_with_a_shell(screen):
     shell = screen("-i", "-t", "busybox", "sh")
     shell.see("# ")
