@@ -2633,7 +2633,7 @@ def attend(container):
                 tty.setraw(0, termios.TCSANOW)  # which keeps what has been typed
             start_threads(threads)  # only now: till now keys are for --step, and output would get another \r
             while not select.select([handle], [], [], 0.2)[0]:
-                pass  # one endless wait would be one for a signal, too, that came just before it: Python looks between
+                pass  # a signal that comes just before a wait is seen after it: so none may be endless
             status = os.waitstatus_to_exitcode(os.waitpid(container.pid, 0)[1])
             end_others(container)
             for thread in threads[: len(streams[1:])]:
