@@ -108,7 +108,8 @@ def test_a_signal_at_any_moment_of_a_start(store, number):
             process.send_signal(number)  # again: pid 1 may not have set its trap yet
             time.sleep(0.1)
         out, err = process.communicate(timeout=1)
-        python_began = err.rstrip().endswith("KeyboardInterrupt")
+        # SIGINT while Python begins: it says so, or at a second one, while it ends for the first, what it has lost.
+        python_began = err.rstrip().endswith(("KeyboardInterrupt", "lost sys.stderr"))
         assert python_began or process.returncode in (9, 128 + number, -number, 137), (moment, err)
         assert python_began or "Traceback" not in err, (moment, err)
         assert not list(store.home.glob("containers/*"))
