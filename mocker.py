@@ -1574,7 +1574,7 @@ def unpack_parcels(container, parcels):
         target = "." + os.path.realpath(target)  # also where a dangling symlink points
         is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
         check(not os.path.exists(target) or os.path.isdir(target) == is_folder,
-              f"invalid --volume: {source} can't lie on {target[1:]}: one of them is a directory, and one is not")
+              f"{source} can't lie on {target[1:]}: one of them is a directory, and one is not")
         make_directory(target if is_folder else os.path.dirname(target))
         if not os.path.exists(target):
             write_text(target, "")
@@ -2560,7 +2560,6 @@ def execute(container):
 
     Entrypoint and Cmd, with the image's environment and working directory. No shell is added. The
     process has been in the container for a while; now the last thing of the host, Python, is gone.
-    In between it is a few bytes of code, so that no image gets hold of the host's file of Python.
     See man 2 execve. Look: cat /proc/PID/cmdline
     """
     name, path = container.arguments[0], container.environment.get("PATH")
@@ -2879,7 +2878,7 @@ def doctor(arguments):
     return status
 
 def in_a_worker(look):
-    """In a process with mounts of its own, so that nothing is left; and within ten seconds."""
+    """In a process of its own, with which the namespaces go that it makes; and within ten seconds."""
     with workers(1) as pool, explained((futures.TimeoutError, ImportError, OSError), "{}: network, packages, disk?"):
         return pool.submit(look).result(10)
 

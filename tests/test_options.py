@@ -189,10 +189,11 @@ def test_a_volume_that_is_a_file(run, shared):
     assert run("-v", f"{shared}/file:/a/new/place", "busybox", "cat", "/a/new/place").stdout == "of the host\n"
 
 
-def test_a_volume_and_its_place_are_of_one_kind(run, shared):
+def test_a_volume_and_its_place_are_of_one_kind(run, image, shared):
     (shared / "file").write_text("")
     for source, target in (shared / "file", "/bin"), (shared, "/etc/passwd"):
         one_line(run("-v", f"{source}:{target}", "busybox", "true"), f"{source} can't lie on {target}", "a directory")
+    one_line(run(image({}, [images.folder("etc/hosts")]), "true"), "hosts can't lie on /etc/hosts", "a directory")
 
 
 def test_a_volume_that_is_not_there_is_made(run, tmp_path):

@@ -22,7 +22,6 @@ from containers import one_line, until
 
 pytestmark = pytest.mark.usefixtures("host_as_before_all")
 
-PROGRAMS = MOCKER.parent / "tests/programs"
 NUMBERS = "".join(f"{number}\n" for number in range(1, 200_001))  # 1.3 MB
 
 
@@ -245,7 +244,7 @@ def test_keys_are_for_step_until_the_program_runs(screen):
             enters += 1
         assert shell.process.poll() is None and time.monotonic() < deadline, shell.said
     assert enters > 10
-    until(lambda: not termios.tcgetattr(shell.slave)[3] & termios.ICANON)  # what is typed before it is raw is lost
+    until(lambda: not termios.tcgetattr(shell.slave)[3] & termios.ICANON)  # before, Ctrl-D is no key
     shell.type(b"meow\r\x04")
     assert shell.end() == 0
     assert shell.said.count("meow") == 2  # the terminal's echo, and cat's
@@ -432,7 +431,7 @@ def test_a_signal_is_passed_on_even_if_mocker_has_not_seen_the_exec(store):
 def test_a_signal_just_before_a_wait(start, tmp_path):
     """Python's handler is not called before the wait is over: an endless one would keep the signal."""
     library = tmp_path / "nap.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, PROGRAMS / "nap.c"], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, MOCKER.parent / "tests/programs/nap.c"], check=True)
     script = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done"
     container = start("busybox", "sh", "-c", script, env={"LD_PRELOAD": str(library)})
     assert container.process.stdout.readline() == "ready\n"
