@@ -157,6 +157,7 @@ class Docker(Engine):
                     *bridge,
                     *self.daemon_options,
                 ],
+                env={**os.environ, "TMPDIR": str(self.directory)},  # containerd, if it is slow, writes its stacks there
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
