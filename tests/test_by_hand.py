@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 
@@ -146,7 +147,7 @@ def test_what_the_image_says_is_no_shell(image, run, by_hand):
 
 def test_a_terminal_gets_nothing_that_it_would_obey(image, store, tmp_path):
     name = image({"Env": ["A=\033[2J"], "Cmd": ["env"]})
-    command = " ".join(store.command(["run", "--by-hand", name]))
+    command = shlex.join(store.command(["run", "--by-hand", name]))
     for options, there in ["-ec", False], ["-ec", True]:
         shown = subprocess.run(["script", "-q", options, command + " | cat" * there, "/dev/null"], env=store.env,
                                capture_output=True, stdin=subprocess.DEVNULL, timeout=60).stdout
@@ -193,7 +194,7 @@ def test_it_may_come_by_stdin(store):
     """Nothing of it is out before all is undone; and the program gets none of it, wherever a block of it ends."""
     for padding in range(0, 8192, 2000):
         mocker = store.command(["run", "-q", "--by-hand", "-e", f"A={'x' * padding}", "busybox", "cat"])
-        done = subprocess.run(f"{' '.join(mocker)} | sh", shell=True, capture_output=True, text=True, env=store.env,
+        done = subprocess.run(f"{shlex.join(mocker)} | sh", shell=True, capture_output=True, text=True, env=store.env,
                               stdin=subprocess.DEVNULL, timeout=60)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -333,5 +333,5 @@ def test_images_of_a_store_that_is_none(store, tmp_path):
 def test_not_linux(store):
     program = "import runpy, sys; sys.platform = 'darwin'; sys.argv = sys.argv[1:]; "
     program += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", program, *store.command(["run", "busybox", "true"])[1:]]
+    command = [sys.executable, "-c", program, str(MOCKER), "run", "busybox", "true"]
     one_line(subprocess.run(command, env=store.env, capture_output=True, text=True), "Linux")
