@@ -8,8 +8,8 @@ three seconds. Its root is this machine's own tree (hostfs), so what the command
 /tmp, /run, /dev and /dev/shm it writes on this machine. The host's /tmp is not there, but for the
 directory that the command stands in, these tests, and the Python that runs them.
 
-vm() boots a stock Debian kernel in QEMU by `../shared/tools/vmrun`, where that is at hand: 15 s, or
-20 s with systemd. Its changes vanish; of the host's /tmp it has only the directory it stands in.
+vm() boots a stock Debian kernel in QEMU by `../shared/tools/vmrun`, where that is at hand, in
+20 s, with systemd. Its changes vanish; of the host's /tmp it has only the directory it stands in.
 
 Tried in uml():
   works      cgroup v2 with cpu, io, memory and pids (limits, OOM kill, refused forks, cpu.max,
@@ -198,12 +198,12 @@ def end_session(machine):
     machine.wait()
 
 
-def vm(command, init="simple", timeout=1200, env=None):
-    """The same in QEMU, with `init="systemd"` if asked for; stderr comes with stdout."""
+def vm(command, timeout=1200, env=None):
+    """The same in QEMU, under systemd; stderr comes with stdout."""
     if not VMRUN.exists():
         pytest.skip("no vmrun beside this checkout")
     settings = {
-        "VMRUN_INIT": init,
+        "VMRUN_INIT": "systemd",
         "VMRUN_TIMEOUT": str(timeout),
         "TMPDIR": tempfile.gettempdir(),
         "MOCKER_HOME": "/tmp/mocker",

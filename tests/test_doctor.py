@@ -1,16 +1,13 @@
 """doctor and compare: each check of doctor made to fail; compare's table against what is known to be so."""
 
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import machine
 import pytest
 from conftest import MOCKER
 
@@ -243,16 +240,3 @@ def test_compare_an_image_without_a_shell(store):
     assert done.returncode == 125 and not done.stdout
     [*_, last] = done.stderr.splitlines()
     assert last == "mocker: the probe can't run in hello-world: it takes a shell, as busybox has one"
-
-
-@pytest.mark.beside
-@pytest.mark.skipif("MOCKER_TEST_INSIDE" in os.environ, reason="this is the inside")
-@pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
-def test_compare_on_cgroup_v2(pulled):
-    pytest = f"{sys.executable} -m pytest -q -p no:cacheprovider -c pytest.ini"
-    command = f"{machine.WARM_UP}; cd {MOCKER.parent}/tests && {pytest} test_doctor.py -k 'test_compare and not with'"
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as shared:  # the host's /tmp is not there
-        subprocess.run(["cp", "-a", f"{pulled}/.", shared], check=True)  # with its hard links, or it needs 600 MB
-        done = machine.uml(command, timeout=300, env={**os.environ, "MOCKER_TEST_INSIDE": shared})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout

@@ -6,13 +6,10 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import host
 import images
-import machine
 import oracle
 import pytest
 from containers import free_port, one_line, until
@@ -227,19 +224,6 @@ def test_limits_and_use(start, inspect):
     assert files["path"].endswith(f"mocker{'/' if V2 else '_'}{container.id}")
     directory = f"/sys/fs/cgroup/{'' if V2 else 'pids/'}{files['path']}"
     assert str(container.pid) in Path(f"{directory}/cgroup.procs").read_text().split()
-
-
-@pytest.mark.beside
-@pytest.mark.skipif(IN_UML, reason="this is the inside")
-@pytest.mark.skipif(bool(machine.MISSING), reason="no user-mode-linux")
-def test_both_on_cgroup_v2_with_iptables(pulled):
-    pytest = f"{sys.executable} -m pytest -q -p no:cacheprovider -c pytest.ini"
-    command = f"{machine.WARM_UP}; cd {TESTS} && {pytest} test_inspect.py -k 'kernel_says or limits_and_use'"
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as shared:  # the host's /tmp is not there
-        subprocess.run(["cp", "-a", f"{pulled}/.", shared], check=True)  # not copytree: some files are sparse
-        done = machine.uml(command, timeout=300, env={**os.environ, "MOCKER_TEST_INSIDE": shared})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
 
 
 def test_another_user_and_other_rights(start, inspect):

@@ -74,16 +74,6 @@ def test_user_mode_linux_ends_when_the_time_is_up():
         machine.uml("sleep 100 & sleep 100", timeout=6)
 
 
-@pytest.mark.beside
-@pytest.mark.slow
-@pytest.mark.parametrize("init", ["simple", "systemd"])
-def test_a_stock_kernel_has_cgroup_v2_and_nftables(init, monkeypatch):
-    monkeypatch.chdir("/")  # of a checkout in /var/tmp vmrun makes a mount, in which a busy machine once met ELOOP
-    done = machine.vm("cat /proc/self/cgroup; nft add table ip mocker; nft list tables", init)
-    assert done.stdout == "0::/system.slice/vmrun.service\ntable ip mocker\n"
-    assert done.returncode == 0
-
-
 def test_what_a_test_leaves_is_seen():
     before = host.snapshot()
     host.output("ip", "link", "add", "mockdummy0", "type", "bridge")

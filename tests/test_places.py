@@ -291,7 +291,7 @@ def test_cgroup_v2_under_systemd(pulled, tmp_path, monkeypatch):
     shutil.copy(MOCKER, tmp_path)
     monkeypatch.chdir(tmp_path)  # all that is there of /tmp
     script = SERVED + LOOK + LIMITED + LOOK + WHAT_IS_LEFT
-    done = machine.vm(shlex.join(in_root("trixie", script, tmp_path / "served", tmp_path)), "systemd", timeout=300)
+    done = machine.vm(shlex.join(in_root("trixie", script, tmp_path / "served", tmp_path)), timeout=300)
     before, limited, after = done.stdout.partition(WITHIN_LIMITS)
     assert limited and after == before + "nothing is left\n", done.stdout
     assert "0::/system.slice/vmrun.service\n" in before and "mocker" not in before
