@@ -178,7 +178,7 @@ class Docker(Engine):
             self.run("rm", "--force", "--volumes", *containers)
         self.daemon.terminate()
         try:
-            self.daemon.wait(20)
+            self.daemon.wait(60)
         except subprocess.TimeoutExpired:
             self.daemon.kill()
             self.daemon.wait()

@@ -31,7 +31,7 @@ class Quick:
         return subprocess.CompletedProcess(args, status, *(path.read_text(errors="replace") for path in self.output))
 
     def close(self):
-        self.process.communicate(timeout=10)
+        self.process.communicate(timeout=60)
 
 
 def serve(output):

@@ -446,7 +446,7 @@ def test_a_layer_is_unpacked_while_those_below_are_on_their_way(before, quick, h
 
     def slowly(handler):
         if handler.path.endswith(base):
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while not came_first and time.monotonic() < deadline:
                 came_first.extend((home / "layers").iterdir())
                 time.sleep(0.01)
@@ -483,7 +483,7 @@ def test_what_a_layer_waits_for_is_taken_away(quick, home, fake):
 
     def thief(handler):
         if handler.path.endswith(top):
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while not list((home / "layers").iterdir()) and time.monotonic() < deadline:
                 time.sleep(0.01)
             subprocess.run(f"rm -rf {home}/layers/*", shell=True, check=True)

@@ -7,7 +7,6 @@ import shlex
 import signal
 import struct
 import subprocess
-import time
 
 import host
 import images
@@ -208,7 +207,7 @@ def test_exit_status_when_a_signal_ended_it(run, start, image):
 
     container = start("busybox", "sleep", "1000")
     container.kill()
-    assert container.process.wait(20) == 128 + signal.SIGKILL
+    assert container.process.wait(60) == 128 + signal.SIGKILL
 
 
 SCRIPTS = [
@@ -323,7 +322,7 @@ def test_a_link_to_nowhere_planted_there_makes_no_file(run, no_stdout, tmp_path)
 
 def test_a_fifo_planted_there_keeps_nobody_waiting(run, no_stdout):
     os.mkfifo(STDOUT)
-    assert run("busybox", "echo", "hi", timeout=20).stdout == "hi\n"
+    assert run("busybox", "echo", "hi", timeout=60).stdout == "hi\n"
 
 
 def test_a_directory_planted_there_is_survived(store, no_stdout):
@@ -480,9 +479,7 @@ def test_output_appears_as_it_comes(start):
     container.process.stdin.write("word\n")
     container.process.stdin.flush()
     assert container.process.stdout.readline() == "got word\n"
-    began = time.monotonic()
-    assert container.process.wait(20) == 0
-    assert time.monotonic() - began < 5
+    assert container.process.wait(60) == 0
 
 
 def test_the_umask_of_the_user_is_not_the_container_s(store):

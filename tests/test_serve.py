@@ -34,7 +34,7 @@ class Served:
     def ask(self, path, method="GET", **headers):
         """One request, redirects not followed → (status, headers, body)"""
         host, _, rest = path[len("http://") :].partition("/") if path.startswith("http") else (self.host, "", path[1:])
-        with contextlib.closing(http.client.HTTPConnection(host, timeout=10)) as connection:
+        with contextlib.closing(http.client.HTTPConnection(host, timeout=60)) as connection:
             connection.request(method, f"/{rest}", headers=headers)
             answer = connection.getresponse()
             return answer.status, answer.headers, answer.read()
@@ -51,7 +51,7 @@ class Served:
     def end(self, number=signal.SIGINT):
         """→ (status, what it said meanwhile)"""
         self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=10)
+        _, said = self.process.communicate(timeout=60)
         return self.process.returncode, said
 
 
@@ -392,7 +392,7 @@ def test_a_port_in_use(mocker, serve):
 
 @pytest.mark.parametrize("option", ["--port=abc", "--port=70000", "--port=-5", "--port=65535", "--listen=192.0.2.1"])
 def test_bad_addresses(option, mocker):
-    done = mocker("serve", option, timeout=20)
+    done = mocker("serve", option, timeout=60)
     assert done.returncode == 125 and re.fullmatch("mocker: .*\n", done.stderr), done.stderr
     assert "processes" not in done.stderr
 

@@ -52,7 +52,7 @@ def test_a_slow_reader_loses_nothing(start):
         time.sleep(0.05)
     parts.append(container.process.stdout.read())
     assert b"".join(parts).decode() == NUMBERS
-    assert container.process.wait(20) == 0
+    assert container.process.wait(60) == 0
 
 
 def test_a_reader_that_does_not_block(run, store):
@@ -64,7 +64,7 @@ def test_a_reader_that_does_not_block(run, store):
     with open(reader) as file:
         time.sleep(1)
         assert file.read() == NUMBERS
-    assert (process.wait(20), process.stderr.read()) == (0, "")
+    assert (process.wait(60), process.stderr.read()) == (0, "")
 
 
 @pytest.mark.parametrize("stream", ["", ">&2"])
@@ -76,7 +76,7 @@ def test_a_reader_that_has_seen_enough(store, stream):
     os.close(writer)
     assert os.read(reader, 2) == b"y\n"
     os.close(reader)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert "Traceback" not in (out or "") + (err or "")
 
 
@@ -91,27 +91,27 @@ def test_any_bytes_arrive_as_they_are(run):
 
 @pytest.mark.parametrize("options", [[], ["-i"]])
 def test_stdin_reaches_it_and_its_end_too(run, options):
-    assert run(*options, "busybox", "wc", "-l", input="a\nb\n", timeout=20).stdout == "2\n"
-    assert run(*options, "busybox", "wc", "-c", input="", timeout=20).stdout == "0\n"
+    assert run(*options, "busybox", "wc", "-l", input="a\nb\n", timeout=60).stdout == "2\n"
+    assert run(*options, "busybox", "wc", "-c", input="", timeout=60).stdout == "0\n"
 
 
 def test_stdin_from_a_file(run, tmp_path):
     (tmp_path / "file").write_text(NUMBERS)
     with open(tmp_path / "file") as file:
-        assert run("busybox", "wc", "-l", stdin=file, timeout=20).stdout == "200000\n"
+        assert run("busybox", "wc", "-l", stdin=file, timeout=60).stdout == "200000\n"
 
 
 def test_stdin_that_nobody_reads(run):
-    assert run("busybox", "true", input=NUMBERS, timeout=20).returncode == 0
-    assert run("busybox", "head", "-1", input=NUMBERS, timeout=20).stdout == "1\n"
-    assert run("busybox", "sh", "-c", "exec <&-; sleep 0.3; echo on", input=NUMBERS, timeout=20).stdout == "on\n"
+    assert run("busybox", "true", input=NUMBERS, timeout=60).returncode == 0
+    assert run("busybox", "head", "-1", input=NUMBERS, timeout=60).stdout == "1\n"
+    assert run("busybox", "sh", "-c", "exec <&-; sleep 0.3; echo on", input=NUMBERS, timeout=60).stdout == "on\n"
 
 
 def test_stdin_that_never_ends(start):
     container = start("busybox", "head", "-1")
     container.process.stdin.write("first\n")
     container.process.stdin.flush()
-    assert container.process.wait(20) == 0
+    assert container.process.wait(60) == 0
     assert container.process.stdout.read() == "first\n"
 
 
@@ -181,7 +181,7 @@ class Screen:
 
     def end(self):
         """→ its exit status; the terminal must be as it was."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < deadline:
             self.look()
         self.look()
@@ -235,7 +235,7 @@ def test_output_waits_until_the_terminal_is_raw(screen):
 
 def test_keys_are_for_step_until_the_program_runs(screen):
     shell = screen("-it", "--step", "busybox", "cat", quiet=False)
-    enters, deadline = 0, time.monotonic() + 30
+    enters, deadline = 0, time.monotonic() + 60
     while 'Running "cat"' not in shell.said:
         shell.look()
         if shell.said.count("q ends] ") > enters:
@@ -291,7 +291,7 @@ def test_a_window_that_is_closed_ends_a_shell(screen, store):
     shell.see("# ")
     os.close(shell.master)
     shell.master = os.open(os.devnull, os.O_RDWR)
-    shell.process.wait(20)
+    shell.process.wait(60)
     assert [config["status"] for config in configs(store)] == ["exited"]
 
 
@@ -355,7 +355,7 @@ def test_the_terminal_is_as_before_after_a_failure(screen):
 
 def test_a_terminal_without_one_outside(run):
     """docker run -t, from a script: the program has a terminal, its output goes on as it is."""
-    done = run("-t", "busybox", "sh", "-c", "tty; test -t 1 && echo yes; exit 6", timeout=20)
+    done = run("-t", "busybox", "sh", "-c", "tty; test -t 1 && echo yes; exit 6", timeout=60)
     assert (done.stdout.split(), done.returncode) == (["/dev/pts/0", "yes"], 6)
 
 
@@ -394,7 +394,7 @@ def test_a_signal_is_passed_on(start, name):
     container = start("busybox", "sh", "-c", f"{TRAPS}; echo ready; while :; do sleep 0.1; done")
     assert container.process.stdout.readline() == "ready\n"
     container.process.send_signal(getattr(signal, f"SIG{name}"))
-    assert container.process.wait(20) == 40 + SIGNALS.index(name)
+    assert container.process.wait(60) == 40 + SIGNALS.index(name)
     assert container.process.stdout.read() == f"{name}\n"
 
 
@@ -406,7 +406,7 @@ def test_the_third_one_is_meant(start, number):
         container.process.send_signal(number)
         assert container.process.stdout.readline() == "no\n"
     container.process.send_signal(number)
-    assert container.process.wait(20) == 137
+    assert container.process.wait(60) == 137
 
 
 def test_a_program_that_has_no_handler_as_pid_1_ends_at_the_third(start):
@@ -414,7 +414,7 @@ def test_a_program_that_has_no_handler_as_pid_1_ends_at_the_third(start):
     for _ in range(3):
         container.process.send_signal(signal.SIGTERM)
         time.sleep(1)  # or two may become one
-    assert container.process.wait(20) == 137
+    assert container.process.wait(60) == 137
 
 
 def test_a_signal_is_passed_on_even_if_mocker_has_not_seen_the_exec(store):
@@ -425,7 +425,7 @@ def test_a_signal_is_passed_on_even_if_mocker_has_not_seen_the_exec(store):
     until(lambda: signal.SIGTERM in caught(pid) and signal.SIGHUP not in caught(pid))  # mocker's child has both
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
-    assert process.wait(20) == 7, process.communicate()
+    assert process.wait(60) == 7, process.communicate()
 
 
 def test_a_signal_just_before_a_wait(start, tmp_path):
@@ -436,7 +436,7 @@ def test_a_signal_just_before_a_wait(start, tmp_path):
     container = start("busybox", "sh", "-c", script, env={"LD_PRELOAD": str(library)})
     assert container.process.stdout.readline() == "ready\n"
     container.process.send_signal(signal.SIGTERM)
-    assert container.process.wait(20) == 7
+    assert container.process.wait(60) == 7
 
 
 def test_the_fourth_ends_mocker_though_nobody_takes_its_output(start, tmp_path):
@@ -447,7 +447,7 @@ def test_the_fourth_ends_mocker_though_nobody_takes_its_output(start, tmp_path):
         if container.process.poll() is None:
             container.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
-    assert container.process.wait(20) == 143
+    assert container.process.wait(60) == 143
     os.close(reader)
 
 
@@ -458,7 +458,7 @@ def test_nohup(store):
     assert process.stderr.readline().startswith("Serving")
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
-    assert "SIGTERM" in process.communicate(timeout=20)[1]
+    assert "SIGTERM" in process.communicate(timeout=60)[1]
     assert process.returncode == 143
 
 
@@ -515,10 +515,8 @@ def running(argument):
 
 @pytest.mark.parametrize("redirect", ["", ">/dev/null 2>&1 </dev/null"])
 def test_a_daemon_ends_with_its_container(run, redirect):
-    began = time.monotonic()
     done = run("busybox", "sh", "-c", f"setsid sleep 4321.5 {redirect} & echo started")
     assert (done.returncode, done.stdout) == (0, "started\n")
-    assert time.monotonic() - began < 20
     assert running("4321.5") == []
 
 
@@ -538,7 +536,7 @@ def test_stdout_is_closed_when_it_ends_and_not_before(start):
     time.sleep(0.5)
     assert container.process.poll() is None
     container.close_stdin()
-    assert container.process.wait(20) == 0
+    assert container.process.wait(60) == 0
 
 
 def test_a_stdin_that_does_not_block_is_read_to_its_end(run, store):
