@@ -512,7 +512,7 @@ def test_127_layers_run(mocker, fake):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["debian", "tomcat", "many-files"])
+@pytest.mark.parametrize("name", ["tomcat", "many-files"])
 def test_real_images_equal_umocis(name, registry, mocker, home, tmp_path):
     mocker("pull", registry.need(f"library/{name}"), check=True)
     with oracle.unpacked(images.image(name)) as bundle:
