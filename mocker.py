@@ -1845,6 +1845,10 @@ def add_nat(subnet):
         if "-P FORWARD DROP" in listed:
             ways = [f"filter FORWARD {way} {BRIDGE} -j ACCEPT" for way in ("-i", "-o")]
             add_iptables(tool, "mocker", ways, HOST.note)
+    # Where firewalld is, as on Fedora, only what comes from an interface of a zone that may.
+    zone = ["firewall-cmd", "--quiet", "--zone=trusted"]
+    HOST.note(run_tool, [*zone, f"--remove-interface={BRIDGE}"])
+    run_tool([*zone, f"--change-interface={BRIDGE}"])
 
 def hold_port(address, port, is_tcp):
     """A socket that keeps others from the port for as long as the container runs."""

@@ -181,6 +181,24 @@ def test_beside_docker_a_container_reaches_the_internet(docker, tools, names):
     assert said(apart(WAY_OUT, *where), env=tools(**names))[0] == REACHED
 
 
+# Where it is, it lets nothing through from an interface that is in no zone. Without the rules of its bus all may speak.
+FIREWALLD = """
+mkdir /run/dbus
+echo '<busconfig><type>system</type><listen>unix:path=/run/dbus/system_bus_socket</listen>
+    <policy context="default"><allow own="*"/><allow send_destination="*" eavesdrop="true"/>
+    <allow eavesdrop="true"/></policy></busconfig>' >/tmp/bus
+dbus-daemon --config-file=/tmp/bus --fork
+firewalld --nofork --nopid >/tmp/firewalld 2>&1 &
+for try in $(seq 100); do firewall-cmd --state && break; sleep 0.2; done >/dev/null 2>&1
+"""
+
+
+def test_beside_firewalld_a_container_reaches_the_internet(pulled):
+    script = f"{SERVED}{FIREWALLD}TOOLS=$PATH MOCKER=mocker{WAY_OUT}firewall-cmd --zone=trusted --list-interfaces"
+    out, _ = said(in_root("trixie", script, pulled))
+    assert out == f"{REACHED}\n"
+
+
 def test_by_the_older_iptables_which_forwards_nothing(tools):
     script = "iptables-legacy -P FORWARD DROP\n" + WAY_OUT
     assert said(apart(script), env=tools(iptables="iptables-legacy"))[0] == REACHED
