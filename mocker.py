@@ -863,7 +863,7 @@ class Unpacker:
 
     def unpack(self):
         file = self.tar.fileobj
-        while member := self.tar.next():
+        while self.tar.offset and (member := self.tar.next()):  # 0: it is empty; up to Python 3.10 next() then fails
             self.tar.members.clear()  # or tarfile keeps them all
             check(not self.tar.pax_headers.keys() & tarfile.PAX_FIELDS,
                   "a layer has a global header for all its files, which docker would ignore: broken, or a trick")

@@ -14,7 +14,8 @@ import images
 import machine
 import oracle
 import pytest
-from conftest import MOCKER
+import test_layers
+from conftest import MOCKER, Mocker
 
 pytestmark = pytest.mark.usefixtures("host_as_before_all")
 
@@ -105,6 +106,47 @@ ok       library/hello-world:latest
 def test_every_command_on_another_python(root, pulled):
     out, _ = said(in_root(root, SERVED + EVERY_COMMAND + LIMITED + WHAT_IS_LEFT, pulled))
     assert out == WHAT_THEY_SAY + WITHIN_LIMITS + "nothing is left\n"
+
+
+# Its times are a file's or a link's own: a folder that no layer has an entry for is from now.
+LISTED = """
+import hashlib, os, stat, sys
+os.chdir(sys.argv[1])
+for folder, *names in sorted(os.walk(".")):
+    for path in [os.path.join(folder, name) for name in sorted(sum(names, []))]:
+        seen = os.lstat(path)
+        what = [path, oct(seen.st_mode), seen.st_uid, seen.st_gid, seen.st_rdev]
+        what += [(name, os.getxattr(path, name, follow_symlinks=False))
+                 for name in sorted(os.listxattr(path, follow_symlinks=False))
+                 if name.startswith(("user.", "security.capability", "trusted.overlay.opaque"))]
+        if stat.S_ISLNK(seen.st_mode):
+            what += [seen.st_mtime_ns, os.readlink(path)]
+        if stat.S_ISREG(seen.st_mode):
+            what += [seen.st_mtime_ns, seen.st_nlink, hashlib.sha256(open(path, "rb").read()).hexdigest()]
+        print(ascii(what))
+"""
+
+
+@pytest.fixture(scope="module")
+def all_cases(registry, tmp_path_factory):
+    """A store with an image of all layers that test_layers.py compares with umoci's, and of two empty ones."""
+    layout = images.Layout(tmp_path_factory.mktemp("cases") / "layout")
+    stacks = [layers for name, layers in test_layers.CASES.items() if name != "127 layers"]
+    layers = [images.layer(entries) for entries in sum(stacks, [[]])]
+    layout.tag(layout.image([b"", *layers]))
+    registry.push(layout.path, "tests/cases:latest")
+    mocker = Mocker(tmp_path_factory.mktemp("cases") / "store", registry.url, tmp_path_factory.mktemp("user"))
+    mocker("pull", "tests/cases", check=True)
+    return mocker.home
+
+
+@pytest.mark.parametrize("root", ["bullseye", "trixie"])
+def test_layers_unpack_alike_on_another_python(root, all_cases):
+    listing = ["python3", "-c", LISTED]
+    ours, _ = said([*listing, all_cases / "layers"])
+    script = f"{SERVED}mocker pull tests/cases; {shlex.join(listing)} ~/mocker/layers"
+    theirs, _ = said(in_root(root, script, all_cases))
+    assert theirs.splitlines() == ours.splitlines()
 
 
 # ---- sudo and cron -------------------------------------------------------------------------------
