@@ -1845,7 +1845,7 @@ def add_nat(subnet):
         if "-P FORWARD DROP" in listed:
             ways = [f"filter FORWARD {way} {BRIDGE} -j ACCEPT" for way in ("-i", "-o")]
             add_iptables(tool, "mocker", ways, HOST.note)
-    # Where firewalld is, as on Fedora, only what comes from an interface of a zone that may.
+    # Where firewalld is, as on Fedora, it lets nothing through but from an interface of a zone that may.
     zone = ["firewall-cmd", "--quiet", "--zone=trusted"]
     HOST.note(run_tool, [*zone, f"--remove-interface={BRIDGE}"])
     run_tool([*zone, f"--change-interface={BRIDGE}"])

@@ -21,7 +21,7 @@ for number, usual in (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP
         signal.signal(number, usual)
 
 MOCKER = Path(__file__).resolve().parent.parent / "mocker.py"
-START = shlex.split(MOCKER.read_text().partition("\n")[0])[-1]  # what its first line says: it is compiled only once
+START = shlex.split(MOCKER.read_text().partition("\n")[0])[-1]  # what its first line says
 
 
 class Mocker:
@@ -34,7 +34,7 @@ class Mocker:
             "MOCKER_HOME": str(home),
             "MOCKER_HUB": hub,
             "HOME": str(user_home),
-            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONDONTWRITEBYTECODE": "",  # so that it is compiled once, as for a user
         }
 
     def __call__(self, *args, input=None, env=None, timeout=120, check=False, **options):
@@ -125,4 +125,3 @@ def forks(tmp_path_factory):
 def quick(mocker, forks):
     """quick(*args, env=): as mocker(), but a fork of what has begun already, for hundreds of calls."""
     return lambda *args, env=(): forks(*args, env={**mocker.env, "MOCKER_TIMEOUT": "1", **dict(env)})
-

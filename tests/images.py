@@ -749,12 +749,13 @@ def bullseye(layout):
 
 @recipe("trixie")
 def trixie(layout):
-    debian_root(layout.path / "root", "trixie", "3.13", ",firewalld,dbus,iproute2,busybox-static")
+    debian_root(layout.path / "root", "trixie", "3.13", "firewalld", "dbus", "iproute2", "busybox-static")
 
 
-def debian_root(root, suite, python, more=""):
-    """With what mocker needs: nft, and the packages of requirements.txt for that Python; sudo, and more."""
-    strap = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include=python3,nftables,sudo{more}"]
+def debian_root(root, suite, python, *more):
+    """With what mocker needs: nft, and the packages of requirements.txt for that Python; sudo, and more packages."""
+    packages = ",".join(["python3", "nftables", "sudo", *more])
+    strap = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={packages}"]
     slim = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale")]
     subprocess.run([*strap, *slim, suite, root], check=True, stdout=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="mocker-build-") as wheels:

@@ -198,7 +198,7 @@ def end_session(machine):
     machine.wait()
 
 
-def vm(command, timeout=1200, env=None):
+def vm(command, timeout):
     """The same in QEMU, under systemd; stderr comes with stdout."""
     if not VMRUN.exists():
         pytest.skip("no vmrun beside this checkout")
@@ -210,7 +210,7 @@ def vm(command, timeout=1200, env=None):
     }
     return subprocess.run(
         [str(VMRUN), command],
-        env={**os.environ, **settings, **(env or {})},
+        env={**os.environ, **settings},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -357,7 +357,7 @@ def process():
     status = dict(line.split(":\t", 1) for line in read("/proc/self/status").splitlines())
     for key in STATUS:
         compare[f"status.{key}"] = " ".join(status.get(key, "").split())
-    # 32 and 33, which the C library keeps for itself: its posix_spawn(3), by which Python 3.13 starts us, ignores them.
+    # 32 and 33 are the C library's own; its posix_spawn(3), by which Python 3.13 starts mocker, lets them be ignored.
     compare["status.SigIgn"] = f"{int(status['SigIgn'], 16) & ~0x180000000:016x}"
     compare["pids"] = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()]
     compare["pid"], compare["ppid"] = os.getpid(), os.getppid()
